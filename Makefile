@@ -1,0 +1,47 @@
+# `make serve` and `make test` are all that a newcomer needs; both install what is missing first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+# pip and uv spell the same setting differently. Where a machine names no wheel folder, uv knows PyTorch's CPU builds.
+FIND_LINKS := $(or $(UV_FIND_LINKS),$(shell echo "$(PIP_FIND_LINKS)" | tr ' ' ','))
+TORCH := $(if $(FIND_LINKS),,--torch-backend cpu)
+UV := UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv
+# Tests and tools must not write beside the sources, nor wait for a hub that is not needed.
+export HF_HUB_OFFLINE ?= 1
+export PYTHONWARNINGS ?= ignore
+
+.PHONY: serve test test-fast check abilities bench lock clean
+
+serve: .venv/installed ## start router and engine with the shipped abilities
+	@exec $(BIN)/act-serve serve $(ARGS)
+
+test: .venv/installed ## all tests, those with the real engine too
+	$(BIN)/pytest -m "" $(ARGS)
+
+test-fast: .venv/installed ## the tests that need no engine
+	$(BIN)/pytest $(ARGS)
+
+check: .venv/installed ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+abilities: .venv/installed ## rebuild the shipped abilities from their profiles
+	$(BIN)/act-serve build-delta profiles/abilities/fr.yaml profiles/abilities/extract.yaml
+
+bench: .venv/installed ## throughput of the engine, as ratios to the base model
+	$(BIN)/python -m benchmarks.engine_throughput $(ARGS)
+
+lock: .venv/installed ## resolve the dependencies again
+	$(UV) pip compile pyproject.toml --extra build --extra serve --extra dev -o requirements.lock \
+		--no-header --no-annotate --python-version 3.11 --upgrade
+
+.venv/installed: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; name another 3.11 with PYTHON=..." >&2; exit 1; }
+	@echo "installing into .venv (one to two minutes) ..."
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --disable-pip-version-check uv; }
+	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps $(TORCH) -r requirements.lock -e .
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

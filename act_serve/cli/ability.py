@@ -1,0 +1,65 @@
+"""``act-serve ability``: the abilities of a store or of a running server."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ability = typer.Typer(help="Look at the abilities of a store or of a running server.", no_args_is_help=True)
+
+StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store.")]
+UrlOption = Annotated[str | None, typer.Option("--url", help="Ask this server instead, e.g. http://127.0.0.1:8000.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_TIMEOUT_S = 10.0
+
+
+@ability.callback()
+def _group() -> None: ...
+
+
+@ability.command("list")
+def list_abilities(store: StoreOption = Path("abilities"), url: UrlOption = None, as_json: JsonOption = False) -> None:
+    """List abilities: active version, kind, languages, size, and whether each is in order."""
+    rows = _of_server(url) if url else _of_store(store)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif not rows:
+        typer.echo(f"no abilities in {url or store}")
+    else:
+        _print_table(rows)
+
+
+def _of_store(store: Path) -> list[dict[str, Any]]:
+    from act_serve.abilities.catalogue import Catalogue, summary
+    from act_serve.abilities.store import Store
+
+    return [summary(entry) for entry in Catalogue(Store(store)).refresh().entries.values()]
+
+
+def _of_server(url: str) -> list[dict[str, Any]]:
+    from act_serve.errors import StoreError
+
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/v1/abilities", timeout=_TIMEOUT_S) as reply:
+            rows: list[dict[str, Any]] = json.load(reply)["data"]
+            return rows
+    except (urllib.error.URLError, ValueError, KeyError, TimeoutError) as exc:
+        raise StoreError(f"{url} does not list abilities ({exc}); is it the address of an act-serve server?") from exc
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "version", "kind", "languages", "MB", "status", "description")
+    for row in rows:
+        size = f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else ""
+        status = row["status"] if row["damage"] is None else f"{row['status']}: {row['damage']}"
+        languages = ", ".join(row["languages"])
+        table.add_row(row["name"], str(row["version"]), row["kind"], languages, size, status, row["description"])
+    Console().print(table)

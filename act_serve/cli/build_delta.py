@@ -1,0 +1,67 @@
+"""`act-serve build-delta`: from profiles to published abilities."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ProfilesArgument = Annotated[list[Path], typer.Argument(help="Ability profiles, built one after the other.")]
+StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store to publish into.")]
+WorkOption = Annotated[
+    Path | None, typer.Option("--work", help="Folder of the unfinished builds. Default: builds/ under $ACT_SERVE_HOME.")
+]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: all cores.")]
+PlanOption = Annotated[bool, typer.Option("--plan", help="Only show the plan.")]
+
+
+def build_delta(
+    profiles: ProfilesArgument,
+    store: StoreOption = Path("abilities"),
+    work: WorkOption = None,
+    threads: ThreadsOption = None,
+    plan: PlanOption = False,
+) -> None:
+    """Build abilities from their profiles and publish them in the store.
+
+    An interrupted build goes on where it stopped. Nothing is published when an ability costs a retained task more
+    than its profile allows.
+    """
+    from act_serve.profile.load import load_profile
+
+    loaded = [load_profile(path) for path in profiles]  # all are checked before the first minute is spent
+    _require_build_extra()
+    from rich.console import Console
+
+    from act_serve.abilities.store import Store
+    from act_serve.models.loading import cache_home
+    from act_serve.pipeline.progress import Screen
+    from act_serve.pipeline.run import build, show_plan
+
+    _quieten(threads)
+    screen = Screen(Console())
+    for profile in loaded:
+        if plan:
+            show_plan(profile, screen)
+        else:
+            build(profile, store=Store(store), work=(work or cache_home() / "builds") / profile.name, screen=screen)
+
+
+def _require_build_extra() -> None:
+    from act_serve.errors import MissingExtraError
+
+    for module in ("torch", "transformers", "sacrebleu", "lingua"):
+        try:
+            __import__(module)
+        except ImportError as exc:
+            raise MissingExtraError(module, "build") from exc
+
+
+def _quieten(threads: int | None) -> None:
+    """Leaves the terminal to our own progress bars, and takes the number of threads."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if threads is not None:
+        torch.set_num_threads(threads)

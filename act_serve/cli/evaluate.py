@@ -1,0 +1,72 @@
+"""`act-serve eval`: scores a base with a composition of abilities on a task file."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from act_serve.models.examples import Example
+
+TaskArgument = Annotated[Path, typer.Argument(help='JSONL of {"prompt", "answer"} or {"text"} objects.')]
+AbilitiesOption = Annotated[str, typer.Option("--abilities", "-a", help="Composition such as fr+extract*0.5.")]
+BaseOption = Annotated[str, typer.Option("--base", help="`embedded`, a model folder or a hub id.")]
+StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store.")]
+MetricOption = Annotated[
+    list[str] | None,
+    typer.Option("--metric", help="exact_match, json_fields, chrf, language_share, nll, perplexity; may be repeated."),
+]
+LanguageOption = Annotated[str | None, typer.Option("--language", help="Language that language_share looks for.")]
+ItemsOption = Annotated[int | None, typer.Option("--items", min=1, help="Only the first N examples.")]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length at which answers are cut.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file.")]
+
+
+def evaluate(
+    task: TaskArgument,
+    abilities: AbilitiesOption = "",
+    base: BaseOption = "embedded",
+    store: StoreOption = Path("abilities"),
+    metric: MetricOption = None,
+    language: LanguageOption = None,
+    items: ItemsOption = None,
+    max_new_tokens: TokensOption = 96,
+    json_file: JsonOption = None,
+) -> None:
+    """Score a base with abilities on a task file. Without --metric, the examples say which metrics make sense."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from act_serve.pipeline.compose import score_composition
+    from act_serve.pipeline.datasets.catalogue import read_examples
+
+    examples = read_examples(task)[:items]
+    metrics = tuple(metric or _fitting(examples, language))
+    with Console(stderr=True).status(f"scoring {len(examples)} examples"):
+        scores = score_composition(
+            base=base,
+            composition=abilities,
+            store=store,
+            examples=examples,
+            metrics=metrics,
+            language=language,
+            max_new_tokens=max_new_tokens,
+        )
+    table = Table(title=f"{task.name}: {base}{f' + {abilities}' if abilities else ''}, {len(examples)} examples")
+    table.add_column("metric")
+    table.add_column("score", justify="right")
+    for name, score in scores.items():
+        table.add_row(name, f"{score:.4g}")
+    Console().print(table)
+    if json_file is not None:
+        result = {"task": task.name, "base": base, "abilities": abilities, "items": len(examples), "scores": scores}
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _fitting(examples: list["Example"], language: str | None) -> list[str]:
+    if all(example.prompt is None for example in examples):
+        return ["perplexity"]
+    if all(example.answer.startswith("{") for example in examples):
+        return ["exact_match", "json_fields", "nll"]
+    return ["chrf", "nll", *(["language_share"] if language else [])]

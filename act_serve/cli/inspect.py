@@ -1,0 +1,56 @@
+"""`act-serve inspect`: what an ability artifact is, and where in the model its channels lie."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from act_serve.delta.manifest import Manifest
+
+ArtifactArgument = Annotated[Path, typer.Argument(help="Artifact folder, such as abilities/fr/1.")]
+PngOption = Annotated[Path | None, typer.Option("--png", help="Also draw the pictures into this file.")]
+
+
+def inspect(artifact: ArtifactArgument, png: PngOption = None) -> None:
+    """Check an ability artifact and show its manifest, its scores and where in the model its channels lie."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from act_serve.cli.channel_picture import change_sizes, channel_shares, draw, lines
+    from act_serve.delta.artifact import read_artifact
+    from act_serve.pipeline.score_table import score_table
+
+    manifest, deltas = read_artifact(artifact)
+    console = Console()
+    facts = Table(show_header=False, title=f"{manifest.name}@{manifest.version}", title_justify="left")
+    for name, value in _facts(manifest):
+        facts.add_row(name, value)
+    console.print(facts)
+    if manifest.scores:
+        console.print(score_table("held-out scores", manifest.scores))
+    grids = {"share of changed channels": channel_shares(manifest), "size of the changes": change_sizes(deltas)}
+    for caption, grid in grids.items():
+        console.print(f"\n{caption}, one column per layer", highlight=False)
+        console.print("\n".join(lines(grid)), highlight=False)
+    if png is not None:
+        draw(grids, f"{manifest.name}@{manifest.version}", png)
+        console.print(f"\npictures written to {png}")
+
+
+def _facts(manifest: "Manifest") -> list[tuple[str, str]]:
+    how, counts = manifest.localization, manifest.counts
+    languages = f" ({', '.join(manifest.languages)})" if manifest.languages else ""
+    return [
+        ("kind", f"{manifest.kind}{languages}"),
+        ("description", manifest.description),
+        ("licence", manifest.license),
+        ("base", f"{manifest.base} ({manifest.base_fingerprint.architecture})"),
+        ("source", manifest.source or "-"),
+        ("channels", f"{counts.channels:,} in {len(manifest.modules)} modules, {counts.parameters:,} parameters"),
+        ("size", f"{counts.bytes / 1e6:.1f} MB"),
+        ("localized by", f"{how.ranking}, p = {how.p:g}, λ = {how.strength:g}, seed {how.seed}"),
+        ("fine-tuned", f"{how.fine_tune_steps} steps on these rows alone"),
+        ("content", manifest.digest),
+        ("built", manifest.created),
+    ]

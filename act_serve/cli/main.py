@@ -1,0 +1,81 @@
+"""The ``act-serve`` command: one file per sub-command, and nothing heavy imported before one runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from act_serve import __version__
+from act_serve.cli.ability import ability
+from act_serve.cli.build_delta import build_delta
+from act_serve.cli.evaluate import evaluate
+from act_serve.cli.export import export
+from act_serve.cli.inspect import inspect
+from act_serve.cli.serve import serve
+from act_serve.errors import ActServeError, MissingExtraError
+
+# What each extra of the package brings, for the message when it is missing.
+EXTRAS = {
+    "build": ("accelerate", "filelock", "gguf", "matplotlib", "sacrebleu", "safetensors", "torch", "transformers"),
+    "serve": (
+        "aiohttp",
+        "fastapi",
+        "httpx",
+        "numba",
+        "prometheus_client",
+        "psutil",
+        "py3langid",
+        "ray",
+        "uvicorn",
+        "vllm",
+    ),
+}
+
+app = typer.Typer(
+    name="act-serve",
+    help="One language model and many abilities, chosen and composed for every single request.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("serve")(serve)
+app.command("build-delta")(build_delta)
+app.command("eval")(evaluate)
+app.command("export")(export)
+app.command("inspect")(inspect)
+app.add_typer(ability, name="ability")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"act-serve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """Runs the command line; errors made for users are one line on stderr and their own exit code."""
+    try:
+        app()
+    except ActServeError as exc:
+        _fail(exc)
+    except ModuleNotFoundError as exc:
+        module = (exc.name or "").partition(".")[0]
+        extra = next((name for name, modules in EXTRAS.items() if module in modules), None)
+        if extra is None:
+            raise
+        _fail(MissingExtraError(module, extra))
+
+
+def _fail(error: ActServeError) -> NoReturn:
+    print(f"act-serve: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)

@@ -1,0 +1,207 @@
+"""Reading and writing an ability artifact. Heavy: imports torch.
+
+Tensors of ``channel_delta.safetensors``, per module of the checkpoint (k changed rows of n, each of length d)::
+
+    <module>.rows        int32 [k]   ascending, unique, in [0, n)
+    <module>.delta       [k, d]      what is added to those rows, strength and fine-tuning included
+    <module>.bias_delta  [k]         only where the module's bias changes too
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from act_serve.delta.manifest import (
+    MANIFEST_FILE,
+    TENSORS_FILE,
+    Counts,
+    Manifest,
+    ModuleEntry,
+    dump_manifest,
+    read_manifest,
+)
+from act_serve.errors import ArtifactDamagedError, StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleDelta:
+    """The changed rows of one module.
+
+    Attributes:
+        rows: ``[k]`` int32, ascending, unique.
+        delta: ``[k, in_features]``, floating.
+        bias_delta: ``[k]``, floating, or None.
+    """
+
+    rows: torch.Tensor
+    delta: torch.Tensor
+    bias_delta: torch.Tensor | None = None
+
+
+def serialize_modules(modules: Mapping[str, ModuleDelta]) -> bytes:
+    """The bytes of ``channel_delta.safetensors``; equal deltas give equal bytes."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in sorted(modules.items()):
+        tensors[f"{name}.rows"] = module.rows.to(torch.int32).contiguous()
+        tensors[f"{name}.delta"] = module.delta.contiguous()
+        if module.bias_delta is not None:
+            tensors[f"{name}.bias_delta"] = module.bias_delta.contiguous()
+    return save_tensors(tensors, metadata={"format": "pt"})
+
+
+def count_modules(modules: Mapping[str, ModuleDelta], size: int) -> Counts:
+    """Counts for the manifest of a tensors file of ``size`` bytes."""
+    return Counts(
+        channels=sum(m.rows.numel() for m in modules.values()),
+        parameters=sum(_parameters(module) for module in modules.values()),
+        bytes=size,
+    )
+
+
+def entries_of(modules: Mapping[str, ModuleDelta], out_features: Mapping[str, int]) -> dict[str, ModuleEntry]:
+    """The manifest's ``modules`` for these deltas; ``out_features`` gives each module's number of channels."""
+    return {
+        name: ModuleEntry(
+            rows=m.rows.numel(),
+            out_features=out_features[name],
+            in_features=m.delta.shape[1],
+            bias=m.bias_delta is not None,
+        )
+        for name, m in sorted(modules.items())
+    }
+
+
+def write_artifact(folder: Path, manifest: Manifest, tensors: bytes, files: Mapping[str, bytes] | None = None) -> Path:
+    """Writes an artifact folder so that it appears whole or not at all.
+
+    Args:
+        folder: where it will lie; must not exist (artifacts are immutable).
+        manifest: already holding the counts and the sha256 of ``tensors``.
+        tensors: from :func:`serialize_modules`.
+        files: further files by relative path, such as ``evaluation.json``.
+
+    Raises:
+        StoreError: the folder exists, or the disk refuses.
+        ArtifactDamagedError: the tensors are not what the manifest says.
+    """
+    check_tensors(manifest, tensors, what=f"{manifest.name}@{manifest.version}")
+    if folder.exists():
+        raise StoreError(f"{folder} exists already; artifacts are immutable: publish a new version")
+    staged: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        for name, data in [(TENSORS_FILE, tensors), *(files or {}).items()]:
+            _write_durably(staged / name, data)
+        _write_durably(staged / MANIFEST_FILE, dump_manifest(manifest).encode())
+        staged.chmod(0o755)
+        staged.rename(folder)
+        _sync_folder(folder.parent)
+    except OSError as exc:
+        if staged is not None:
+            shutil.rmtree(staged, ignore_errors=True)
+        raise StoreError(f"cannot write the artifact {folder}: {exc.strerror or exc}; nothing was published") from exc
+    return folder
+
+
+def read_artifact(folder: Path, what: str | None = None) -> tuple[Manifest, dict[str, ModuleDelta]]:
+    """Reads an artifact and checks everything that can be checked without the base model.
+
+    Args:
+        folder: the artifact.
+        what: its name in messages, where clients must not learn the folder.
+
+    Raises:
+        ArtifactDamagedError: a file is missing or truncated, the hash differs, a tensor is missing, unknown, of
+            another shape, not finite, or its rows are repeated, unsorted or out of range.
+    """
+    manifest = read_manifest(folder, what)
+    what = what or str(folder)
+    try:
+        data = (folder / TENSORS_FILE).read_bytes()
+    except OSError as exc:
+        raise ArtifactDamagedError(
+            f"{what}: {TENSORS_FILE} cannot be read ({exc.strerror}); restore or rebuild the artifact"
+        ) from exc
+    return manifest, check_tensors(manifest, data, what=what)
+
+
+def check_tensors(manifest: Manifest, data: bytes, *, what: str) -> dict[str, ModuleDelta]:
+    """Parses a tensors file and compares it with its manifest, down to every row index.
+
+    Raises:
+        ArtifactDamagedError: see :func:`read_artifact`.
+    """
+
+    def damaged(reason: str) -> ArtifactDamagedError:
+        return ArtifactDamagedError(f"{what}: {TENSORS_FILE} is damaged: {reason}; restore or rebuild the artifact")
+
+    if len(data) != manifest.counts.bytes:
+        raise damaged(f"it has {len(data)} bytes, the manifest says {manifest.counts.bytes}")
+    if hashlib.sha256(data).hexdigest() != manifest.tensors_sha256:
+        raise damaged("its sha256 is not the manifest's")
+    try:
+        tensors = load_tensors(data)
+    except SafetensorError as exc:
+        raise damaged(f"not a safetensors file ({exc})") from exc
+    modules = {}
+    for name, entry in manifest.modules.items():
+        rows, delta = tensors.pop(f"{name}.rows", None), tensors.pop(f"{name}.delta", None)
+        bias = tensors.pop(f"{name}.bias_delta", None)
+        if rows is None or delta is None or (bias is not None) != entry.bias:
+            raise damaged(f"tensors of {name} are missing, or its bias is not as the manifest says")
+        module = ModuleDelta(rows, delta, bias)
+        if problem := _problem(module, entry):
+            raise damaged(f"{name}: {problem}")
+        modules[name] = module
+    if tensors:
+        raise damaged(f"{len(tensors)} tensors are not in the manifest, the first is {min(tensors)[:120]}")
+    if count_modules(modules, len(data)) != manifest.counts:
+        raise damaged("the manifest's counts are not those of its tensors")
+    return modules
+
+
+def _parameters(module: ModuleDelta) -> int:
+    return module.delta.numel() + (0 if module.bias_delta is None else module.bias_delta.numel())
+
+
+def _problem(module: ModuleDelta, entry: ModuleEntry) -> str | None:
+    rows, delta, bias = module.rows, module.delta, module.bias_delta
+    if rows.dtype != torch.int32 or rows.shape != (entry.rows,):
+        return f"rows are {rows.dtype} {tuple(rows.shape)}, not int32 ({entry.rows},)"
+    if not delta.is_floating_point() or delta.shape != (entry.rows, entry.in_features):
+        return f"delta is {delta.dtype} {tuple(delta.shape)}, not floating ({entry.rows}, {entry.in_features})"
+    if bias is not None and (not bias.is_floating_point() or bias.shape != (entry.rows,)):
+        return f"bias_delta is {bias.dtype} {tuple(bias.shape)}, not floating ({entry.rows},)"
+    if rows[0] < 0 or rows[-1] >= entry.out_features or bool((rows[1:] <= rows[:-1]).any()):
+        return f"rows are not ascending, unique and in [0, {entry.out_features})"
+    if not bool(torch.isfinite(delta).all()) or (bias is not None and not bool(torch.isfinite(bias).all())):
+        return "the delta holds NaN or infinity"
+    return None
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,45 @@
+"""Whether a delta's modules are those of the served model, decided from names and shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from act_serve.delta.manifest import Manifest
+from act_serve.errors import BaseMismatchError
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleShape:
+    """A linear module of the checkpoint: weight ``[out_features, in_features]``, with or without a bias."""
+
+    out_features: int
+    in_features: int
+    bias: bool = False
+
+
+def check_modules(manifest: Manifest, modules: Mapping[str, ModuleShape], *, what: str) -> None:
+    """Refuses a delta that names a module the engine cannot change, or of another shape.
+
+    Args:
+        manifest: the ability's.
+        modules: what the engine can change, by the checkpoint's names.
+        what: the artifact, for the message.
+
+    Raises:
+        BaseMismatchError: the first module that does not fit, and why.
+    """
+    for name, entry in manifest.modules.items():
+        shape = modules.get(name)
+        if shape is None:
+            raise BaseMismatchError(
+                f"{what} changes {name}, which the engine has no delta layer for; it can change "
+                f"{', '.join(sorted({m.rpartition('.')[2] for m in modules}))}: rebuild the ability without that module"
+            )
+        if (entry.out_features, entry.in_features) != (shape.out_features, shape.in_features):
+            raise BaseMismatchError(
+                f"{what}: {name} is {entry.out_features} x {entry.in_features} in the artifact and "
+                f"{shape.out_features} x {shape.in_features} in the served model; rebuild it for this base"
+            )
+        if entry.bias and not shape.bias:
+            raise BaseMismatchError(f"{what} changes the bias of {name}, which has none in the served model")

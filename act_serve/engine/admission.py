@@ -1,0 +1,75 @@
+"""Everything that can be wrong with a composition is found here, before the engine is touched."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+
+from act_serve.abilities.store import Store
+from act_serve.delta.artifact import read_artifact
+from act_serve.delta.composition import Composition, WeightedAbility
+from act_serve.delta.fingerprint import check_base
+from act_serve.delta.fit import ModuleShape, check_modules
+from act_serve.delta.manifest import Manifest, ModelFingerprint
+from act_serve.errors import UnknownAbilityError
+
+
+class Admission:
+    """Pins compositions to versions and contents of the store that fit the served base.
+
+    Args:
+        store: where abilities are.
+        fingerprint: of the served base checkpoint.
+        modules: what the engine can change, when known; None leaves that check to the worker.
+    """
+
+    def __init__(
+        self, store: Store, fingerprint: ModelFingerprint, modules: Mapping[str, ModuleShape] | None = None
+    ) -> None:
+        self.store, self._fingerprint, self.modules = store, fingerprint, modules
+        self._verified: set[tuple[str, int, str]] = set()
+
+    async def pin(self, composition: Composition) -> Composition:
+        """The same composition with every version and content digest filled in.
+
+        Each version's tensors are read and verified once in the life of the process; artifacts are immutable.
+
+        Raises:
+            UnknownAbilityError: an ability or version is not in the store, or has other content than was asked for.
+            ArtifactDamagedError, BaseMismatchError: it is there and cannot be used.
+        """
+        return Composition.of([await asyncio.to_thread(self._pin, ability) for ability in composition.abilities])
+
+    def _pin(self, ability: WeightedAbility) -> WeightedAbility:
+        manifest = self.store.manifest(ability.name, ability.version)
+        if ability.digest not in (None, manifest.digest):
+            raise UnknownAbilityError(
+                f"ability '{ability.name}' version {manifest.version} has content {manifest.digest} in the store, "
+                f"not {ability.digest}",
+                param="abilities",
+            )
+        self._verify(manifest)
+        return WeightedAbility(manifest.name, manifest.version, manifest.digest, ability.weight)
+
+    def _verify(self, manifest: Manifest) -> None:
+        key = (manifest.name, manifest.version, manifest.digest)
+        if key in self._verified:
+            return
+        what = f"ability {manifest.name}@{manifest.version}"
+        check_base(manifest.base_fingerprint, self._fingerprint, what=what)
+        if self.modules is not None:
+            check_modules(manifest, self.modules, what=what)
+        read_artifact(self.store.path(manifest.name, manifest.version), what)
+        self._verified.add(key)
+
+
+def split_model(model: str, base_names: Collection[str]) -> Composition | None:
+    """The composition in a request's ``model``, ``BASE:fr+math*0.5``; None when it names none of ``base_names``.
+
+    Raises:
+        RequestError: the part after the colon is not a composition.
+    """
+    base, colon, text = model.rpartition(":")
+    if not colon or base not in base_names:
+        return None
+    return Composition.parse(text)

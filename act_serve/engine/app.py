@@ -1,0 +1,152 @@
+"""vLLM's own OpenAI app on an engine with abilities."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from act_serve.abilities.store import Store
+from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.delta.fit import ModuleShape
+from act_serve.engine.admission import Admission
+from act_serve.engine.registry import CompositionRegistry
+from act_serve.engine.settings import MODEL_HEADER, WORKER_CLS, EngineSettings
+from act_serve.engine.worker import checkpoint_folder
+from act_serve.errors import ActServeError, EngineError
+
+
+@asynccontextmanager
+async def engine_app(settings: EngineSettings) -> AsyncIterator[FastAPI]:
+    """vLLM's FastAPI app, its engine running; every route of vLLM's, unchanged.
+
+    A request that carries the header ``x-act-model`` with the same value as its body's ``model`` has that
+    composition checked and loaded first; what is wrong with it is answered as an OpenAI error object.
+    """
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)  # vLLM reads a whole number
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(settings))
+    validate_parsed_serve_args(args)
+    async with build_async_engine_client(args) as client:
+        tasks = await client.get_supported_tasks()
+        app = build_app(args, tasks, client.model_config)
+        await init_app_state(client, app.state, args, tasks)
+        bound_metrics(client)
+        app.state.compositions = await _registry(client, app.state.openai_serving_models, settings)
+        yield app
+
+
+def command_line(settings: EngineSettings) -> list[str]:
+    """The engine's settings as ``vllm serve`` would take them."""
+    store = str(settings.store.absolute())
+    options: dict[str, Any] = {
+        "served_model_name": settings.served_model_name,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "enforce_eager": settings.enforce_eager,
+        "enable_lora": True,
+        "max_loras": settings.max_num_seqs,
+        "max_lora_rank": 8,
+        "worker_cls": WORKER_CLS,
+        "additional_config": {"act_serve": {"store": store, "max_resident_bytes": settings.max_resident_bytes}},
+        "middleware": f"{__name__}.{HoldComposition.__name__}",
+        "disable_uvicorn_access_log": True,
+        **settings.engine_args,
+    }
+    words = ["--model", settings.model]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
+async def _registry(client: Any, models: Any, settings: EngineSettings) -> CompositionRegistry:
+    modules = whole_modules(await client.collective_rpc("ability_modules"))
+    fingerprint = fingerprint_model(checkpoint_folder(settings.model))
+    admission = Admission(Store(settings.store.absolute()), fingerprint, modules)
+    return CompositionRegistry(client, models, admission, [settings.served_model_name], settings.max_resident_bytes)
+
+
+def whole_modules(per_worker: list[dict[str, tuple[int, int, bool, int, int]]]) -> dict[str, ModuleShape]:
+    """The modules whose every row some worker has.
+
+    Args:
+        per_worker: what each worker's ``ability_modules`` says.
+
+    Raises:
+        EngineError: rows of a module are on no worker, so that a delta could not be applied wholly.
+    """
+    modules, rows = {}, defaultdict[str, set[int]](set)
+    for worker in per_worker:
+        for name, (out_features, in_features, bias, first, end) in worker.items():
+            modules[name] = ModuleShape(out_features, in_features, bias)
+            rows[name].update(range(first, end))
+    for name, shape in modules.items():
+        if len(rows[name]) != shape.out_features:
+            raise EngineError(f"{name} has {shape.out_features} rows, and the workers have {len(rows[name])} of them")
+    return modules
+
+
+class LatestLabels:
+    """A gauge that keeps only the series it was last given.
+
+    vLLM labels ``vllm:lora_requests_info`` with the names of the running adapters; every new set of compositions would
+    be a time series for ever (vllm/v1/metrics/loggers.py).
+    """
+
+    def __init__(self, gauge: Any) -> None:
+        self._gauge = gauge
+
+    def labels(self, **labels: str) -> Any:
+        """As the gauge's, the only series from now on."""
+        self._gauge.clear()
+        return self._gauge.labels(**labels)
+
+
+def bound_metrics(client: Any) -> None:
+    """Keeps the number of vLLM's time series independent of the compositions that were ever used."""
+    loggers = client.logger_manager.stat_loggers if client.logger_manager else []
+    for stat_logger in loggers:
+        if getattr(stat_logger, "gauge_lora_info", None) is not None:
+            stat_logger.gauge_lora_info = LatestLabels(stat_logger.gauge_lora_info)
+
+
+class HoldComposition:
+    """ASGI middleware that has a request's abilities resident while it runs; plain ASGI, so streams pass untouched.
+
+    Args:
+        app: vLLM's app, whose state holds the :class:`CompositionRegistry`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers with an error object, or passes the request on."""
+        model = Headers(scope=scope).get(MODEL_HEADER) if scope["type"] == "http" else None
+        if model is not None:
+            try:
+                async with scope["app"].state.compositions.hold(model):
+                    await self._app(scope, receive, send)
+            except ActServeError as exc:
+                error = {"message": str(exc), "type": type(exc).__name__, "param": getattr(exc, "param", None)}
+                response = JSONResponse({"error": {**error, "code": exc.http_status}}, exc.http_status)
+                await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)

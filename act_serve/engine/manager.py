@@ -1,0 +1,211 @@
+"""What vLLM's model runner asks of its ``lora_manager``, answered with compositions of resident abilities.
+
+The names of the methods are vLLM's (vllm/lora/worker_manager.py): an "adapter" there is a composition here, and
+costs nothing but an entry in a table; only abilities take memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+
+from act_serve.abilities.store import Store
+from act_serve.delta.artifact import read_artifact
+from act_serve.delta.composition import Composition
+from act_serve.delta.fingerprint import check_base
+from act_serve.delta.fit import ModuleShape, check_modules
+from act_serve.delta.manifest import ModelFingerprint
+from act_serve.engine.batch import BatchTable
+from act_serve.engine.layers import DeltaLayer, DeltaLinearMethod
+from act_serve.engine.plan import LayerPlan, plan_layers
+from act_serve.engine.residents import AbilityKey, ResidentAbilities
+from act_serve.errors import ArtifactDamagedError, EngineError
+from act_serve.kernels.dispatch import choose_add_rows
+
+logger = init_logger("vllm.act_serve")
+
+# vLLM's warm-up sends requests with this path (vllm/v1/worker/lora_model_runner_mixin.py).
+_WARM_UP_PATH = "/not/a/real/path"
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """A composition whose abilities' content is known: weights by ability."""
+
+    name: str
+    weights: dict[AbilityKey, float]
+
+
+class AbilityManager:
+    """Turns vLLM's adapter calls into loaded abilities and the step's :class:`BatchTable`.
+
+    Args:
+        fingerprint: of the served base checkpoint; every artifact must have been built for it.
+        store: the only place that abilities are read from.
+        max_resident_bytes: budget for resident abilities.
+    """
+
+    def __init__(self, fingerprint: ModelFingerprint, store: Path | None, max_resident_bytes: int) -> None:
+        self._fingerprint = fingerprint
+        self._store = None if store is None else Store(store)
+        self._max_resident_bytes = max_resident_bytes
+        self._batch = BatchTable()
+        self._compositions: dict[int, _Resolved] = {}
+        self._last_mapping: tuple[int, ...] | None = None
+        self.plans: list[LayerPlan] = []
+        self._residents: ResidentAbilities
+
+    # -- what act-serve asks ---------------------------------------------------------------------------------------
+
+    @property
+    def modules(self) -> dict[str, ModuleShape]:
+        """The checkpoint modules that deltas may change, with their whole shapes."""
+        return {part.module: part.shape for plan in self.plans for part in plan.parts}
+
+    def evict(self, key: AbilityKey) -> None:
+        """Forgets an ability and every composition with it; nothing in flight may use it."""
+        for adapter_id in [i for i, resolved in self._compositions.items() if key in resolved.weights]:
+            self.remove_adapter(adapter_id)
+        if key in self._residents:
+            self._batch.clear()
+            self._residents.evict(key)
+
+    # -- what vLLM asks --------------------------------------------------------------------------------------------
+
+    def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any = None) -> torch.nn.Module:
+        """Puts a delta layer behind every linear layer of the model, and returns the model."""
+        self.plans = plan_layers(model)
+        self._batch.device = device = next(model.parameters()).device
+        layers = []
+        for plan in self.plans:
+            like = torch.empty(0, dtype=plan.layer.params_dtype, device=device)
+            layer = DeltaLayer(plan.name, self._batch, plan.width, like, choose_add_rows(device, like.dtype))
+            plan.layer.quant_method = DeltaLinearMethod(plan.layer.quant_method, layer)
+            layers.append(layer)
+        self._residents = ResidentAbilities(self.plans, layers, self._max_resident_bytes)
+        return model
+
+    def add_adapter(self, request: LoRARequest) -> bool:
+        """Makes a composition's abilities resident; False when all was there already.
+
+        Raises:
+            ActServeError: an artifact is missing, damaged, does not fit, or has another content than was asked for.
+        """
+        known = self._compositions.get(request.lora_int_id)
+        if known is not None and known.name != request.lora_name:
+            raise EngineError(f"adapter id {request.lora_int_id} names both {known.name} and {request.lora_name}")
+        resolved = known or self._resolve(request)
+        # Whatever a known composition needs stays: a step must never have to read a file.
+        known_keys = {key for other in self._compositions.values() for key in other.weights}
+        loaded = self._load(resolved, in_use=known_keys | resolved.weights.keys())
+        self._compositions[request.lora_int_id] = resolved
+        self._last_mapping = None
+        return loaded or known is None
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Forgets a composition; its abilities stay until their memory is needed."""
+        self._last_mapping = None
+        return self._compositions.pop(adapter_id, None) is not None
+
+    def remove_all_adapters(self) -> None:
+        """Forgets all compositions."""
+        self._last_mapping = None
+        self._compositions.clear()
+        self._batch.clear()
+
+    def list_adapters(self) -> set[int]:
+        """Ids of the known compositions."""
+        return set(self._compositions)
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """Whether the composition is known; compositions need no pinning."""
+        return adapter_id in self._compositions
+
+    def set_active_adapters(self, requests: set[LoRARequest], mapping: Any) -> None:
+        """Prepares the tables for the coming step.
+
+        Args:
+            requests: the compositions in the batch.
+            mapping: vLLM's ``LoRAMapping``; ``index_mapping`` holds one adapter id per token, 0 for the base.
+        """
+        ids_T: tuple[int, ...] = mapping.index_mapping
+        if ids_T == self._last_mapping:
+            return
+        for request in requests:
+            if request.lora_path != _WARM_UP_PATH and request.lora_int_id not in self._compositions:
+                self._compositions[request.lora_int_id] = self._resolve(request)
+        active = {i: self._compositions[i] for i in set(ids_T) if i in self._compositions}
+        unknown = set(ids_T) - active.keys() - {0}
+        if unknown and not all(r.lora_path == _WARM_UP_PATH for r in requests):
+            raise EngineError(f"tokens name adapters that were never added: {sorted(unknown)}")
+        self._fill(ids_T, active)
+        self._last_mapping = ids_T
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        """Nothing to cache: warm-up runs the base model."""
+        yield
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        """As given: there are no ranks here."""
+        return default_rank
+
+    def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:
+        """Accepted and ignored."""
+        return True
+
+    def supports_tower_connector_lora(self) -> bool:
+        """Abilities change the language model only."""
+        return False
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _resolve(self, request: LoRARequest) -> _Resolved:
+        if self._store is None or request.lora_path != str(self._store.root):
+            raise EngineError(
+                f"adapter {request.lora_name}: {request.lora_path} is not the ability store this engine was started "
+                f"with ({self._store.root if self._store else 'none'}); abilities are only read from there"
+            )
+        composition = Composition.parse(request.lora_name.rpartition(":")[2])
+        if not composition or not composition.pinned:
+            raise EngineError(f"adapter {request.lora_name} does not pin the versions of its abilities")
+        return _Resolved(
+            request.lora_name,
+            {AbilityKey.of(a): a.weight for a in composition.abilities},
+        )
+
+    def _load(self, resolved: _Resolved, in_use: set[AbilityKey], over_budget: bool = False) -> bool:
+        missing = [key for key in resolved.weights if key not in self._residents]
+        for key in missing:
+            self._residents.load(key, self._read(key), in_use, over_budget)
+        return bool(missing)
+
+    def _read(self, key: AbilityKey) -> Any:
+        """The delta of a stored ability, checked against this model."""
+        assert self._store is not None
+        what = f"ability {key.name}@{key.version}"
+        manifest, modules = read_artifact(self._store.path(key.name, key.version), what)
+        if manifest.digest != key.digest or manifest.name != key.name:
+            raise ArtifactDamagedError(f"{what} in the store is {manifest.name}~{manifest.digest}, not {key}")
+        check_base(manifest.base_fingerprint, self._fingerprint, what=what)
+        check_modules(manifest, self.modules, what=what)
+        logger.info("Loaded %s: %d rows of %d modules", what, manifest.counts.channels, len(modules))
+        return modules
+
+    def _fill(self, ids_T: tuple[int, ...], active: dict[int, _Resolved]) -> None:
+        if not active:
+            self._batch.clear()
+            return
+        keys = {key for resolved in active.values() for key in resolved.weights}
+        for resolved in active.values():
+            self._load(resolved, in_use=keys, over_budget=True)
+        packed = self._residents.activate(keys)
+        weights = {i: [resolved.weights.get(key, 0.0) for key in packed] for i, resolved in active.items()}
+        self._batch.fill(ids_T, weights, len(packed))

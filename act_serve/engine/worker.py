@@ -1,0 +1,84 @@
+"""vLLM's worker, with abilities in the place of LoRA: ``--worker-cls act_serve.engine.worker.AbilityWorker``."""
+
+from __future__ import annotations
+
+import os
+import types
+from dataclasses import astuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.platforms import current_platform
+
+from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.engine.manager import AbilityManager
+from act_serve.engine.residents import AbilityKey
+from act_serve.engine.settings import DEFAULT_RESIDENT_BYTES, RESIDENT_ENV, STORE_ENV
+from act_serve.errors import EngineError
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+elif current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+
+
+class AbilityWorker(_Worker):
+    """The platform's worker; its model runner asks an :class:`AbilityManager` where it would ask vLLM's for LoRA."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; the model's linear layers get their delta layers.
+
+        Raises:
+            EngineError: CUDA graphs are on (they replay with the addresses of their capture, and packed rows move),
+                the model is split into pipeline stages, or LoRA is not enabled.
+        """
+        if not current_platform.is_cpu() and not self.model_config.enforce_eager:
+            raise EngineError("abilities do not run inside CUDA graphs yet; start vLLM with --enforce-eager")
+        if self.parallel_config.pipeline_parallel_size > 1:
+            raise EngineError("abilities do not run under pipeline parallelism yet; use --tensor-parallel-size")
+        options: dict[str, Any] = (self.vllm_config.additional_config or {}).get("act_serve", {})
+        store = options.get("store") or os.environ.get(STORE_ENV)
+        budget = options.get("max_resident_bytes") or os.environ.get(RESIDENT_ENV)
+        self.ability_manager = AbilityManager(
+            fingerprint_model(checkpoint_folder(self.model_config.model, self.model_config.revision)),
+            None if store is None else Path(store).absolute(),
+            int(budget or DEFAULT_RESIDENT_BYTES),
+        )
+
+        def load_lora_model(runner: Any, model: torch.nn.Module, vllm_config: Any, device: torch.device) -> Any:
+            runner.lora_manager = self.ability_manager
+            return runner.lora_manager.create_lora_manager(model, vllm_config)
+
+        self.model_runner.load_lora_model = types.MethodType(load_lora_model, self.model_runner)
+        loaded = super().load_model(*args, **kwargs)
+        if getattr(self.model_runner, "lora_manager", None) is not self.ability_manager:
+            raise EngineError("this vLLM did not take the ability manager; start it with --enable-lora")
+        return loaded
+
+    def ability_modules(self) -> dict[str, tuple[int, int, bool, int, int]]:
+        """The checkpoint modules that deltas may change.
+
+        Returns:
+            ``(out_features, in_features, bias, first, end)`` by name; this worker has the rows from first up to end.
+        """
+        return {
+            part.module: (*astuple(part.shape), part.rows.start, part.rows.stop)
+            for plan in self.ability_manager.plans
+            for part in plan.parts
+        }
+
+    def evict_ability(self, name: str, version: int, digest: str) -> None:
+        """Takes an ability out of memory, whatever named it."""
+        self.ability_manager.evict(AbilityKey(name, version, digest))
+
+
+def checkpoint_folder(model: str, revision: str | None = None) -> Path:
+    """Local folder of a checkpoint: the path itself, or the hub's snapshot that vLLM has downloaded."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, revision=revision, local_files_only=True))

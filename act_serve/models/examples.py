@@ -1,0 +1,85 @@
+"""One training or test item, and its tokens.
+
+Shapes: B items in a batch, T tokens of the longest.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A user's request with its answer, or plain text where `prompt` is None."""
+
+    prompt: str | None
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids; those from `answer_start` on are the answer, which alone is scored and trained."""
+
+    ids: tuple[int, ...]
+    answer_start: int
+
+    @property
+    def answer_tokens(self) -> int:
+        return len(self.ids) - self.answer_start
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`ids_BT` and `mask_BT` int64, padded on the right; `predicts_BT` bool marks positions whose next token counts."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    predicts_BT: Tensor
+
+    @property
+    def targets_N(self) -> Tensor:
+        """The tokens that follow the marked positions, in row order, `[N]`."""
+        return self.ids_BT.roll(-1, dims=1)[self.predicts_BT]
+
+
+def encode(tokenizer: Any, example: Example, max_tokens: int = 320) -> Encoded:
+    """Encodes with the model's own chat template, exactly as a chat server does; plain text counts from token two."""
+    if example.prompt is None:
+        ids = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+        return Encoded(tuple(ids[:max_tokens]), 1)
+    prompt = encode_prompt(tokenizer, example.prompt)
+    answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+    return Encoded(tuple([*prompt, *answer, tokenizer.eos_token_id][:max_tokens]), len(prompt))
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a chat with one user turn, up to where the model starts to answer."""
+    if not tokenizer.chat_template:
+        return list(tokenizer(prompt + "\n", add_special_tokens=False)["input_ids"])
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def collate(items: Sequence[Encoded], pad_id: int) -> Batch:
+    """Pads on the right and marks the answer-predicting positions."""
+    longest = max(len(item.ids) for item in items)
+    ids = torch.full((len(items), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    predicts = torch.zeros_like(ids, dtype=torch.bool)
+    for row, item in enumerate(items):
+        ids[row, : len(item.ids)] = torch.tensor(item.ids)
+        mask[row, : len(item.ids)] = 1
+        predicts[row, item.answer_start - 1 : len(item.ids) - 1] = True
+    return Batch(ids, mask, predicts)
+
+
+def batches(items: Sequence[Encoded], size: int, pad_id: int) -> Iterator[Batch]:
+    """Yields the items in batches of alike length, shortest first, so that little is spent on padding."""
+    ordered = sorted(items, key=lambda item: len(item.ids))
+    for start in range(0, len(ordered), size):
+        yield collate(ordered[start : start + size], pad_id)

@@ -1,0 +1,80 @@
+"""Which modules of a model hold channels, by their names in the checkpoint.
+
+Llama- and Qwen-family decoders share one layout: seven linear modules in each of `num_hidden_layers` layers.
+A channel is one output dimension of such a module: a row of its weight matrix, with its bias entry where it has one.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from act_serve.errors import ModelError
+
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+_NAME = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelModule:
+    """A linear module of `out_features` channels, each a row of `in_features` weights."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+
+def channel_modules(folder: Path) -> list[ChannelModule]:
+    """Lists the modules of the model in `folder` that hold channels, layer by layer, from its config alone.
+
+    Raises ModelError for a family whose layout is not known.
+    """
+    config = read_config(folder)
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ModelError(f"{folder}: model family {family!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
+    return [
+        ChannelModule(f"model.layers.{layer}.{name}", *_shape(name, config))
+        for layer in range(config["num_hidden_layers"])
+        for name in PROJECTIONS
+    ]
+
+
+def layer_and_projection(name: str) -> tuple[int, str]:
+    """Splits `model.layers.3.mlp.up_proj` into `(3, "up_proj")`; raises ModelError for another kind of name."""
+    found = _NAME.match(name)
+    if found is None:
+        raise ModelError(f"{name} is not a module of a decoder layer")
+    return int(found[1]), found[2].rsplit(".", 1)[-1]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads `config.json`; raises ModelError when it is missing or not JSON."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ModelError(f"{folder}: config.json can't be read ({exc})") from exc
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}: config.json is not an object")
+    return config
+
+
+def _shape(name: str, config: dict[str, Any]) -> tuple[int, int]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or hidden // heads
+    queries, keys = heads * size, (config.get("num_key_value_heads") or heads) * size
+    shapes = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
+    shapes |= {"o_proj": (hidden, queries), "gate_proj": (inner, hidden), "up_proj": (inner, hidden)}
+    shapes |= {"down_proj": (hidden, inner)}
+    return shapes[name.rsplit(".", 1)[-1]]

@@ -1,0 +1,73 @@
+"""Reads single tensors and single rows out of a checkpoint's safetensors shards, never the whole model."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from act_serve.errors import ModelError
+
+_INDEX = "model.safetensors.index.json"
+
+
+class RowReader:
+    """An open checkpoint; make one with `open_rows`."""
+
+    def __init__(self, folder: Path, shard_of: dict[str, Any]) -> None:
+        self._folder = folder
+        self._shard_of = shard_of
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._shard_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor `name`; raises ModelError when there is none."""
+        return tuple(self._shard(name).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor `name`; raises ModelError when there is none."""
+        return self._shard(name).get_tensor(name)
+
+    def rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Rows of a matrix or entries of a vector, `[len(rows), ...]`, in the order asked for."""
+        view = self._shard(name).get_slice(name)
+        return torch.cat([view[row : row + 1] for row in rows])
+
+    def _shard(self, name: str) -> Any:
+        if name not in self._shard_of:
+            raise ModelError(f"{self._folder} has no tensor {name}")
+        return self._shard_of[name]
+
+
+@contextmanager
+def open_rows(folder: Path) -> Iterator[RowReader]:
+    """Opens the safetensors shards of the checkpoint in `folder`.
+
+    Raises ModelError when there are none, or one is missing or damaged.
+    """
+    with ExitStack() as stack:
+        shard_of: dict[str, Any] = {}
+        for path in _shards(folder):
+            try:
+                shard = stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as exc:
+                raise ModelError(f"{path} can't be read as safetensors: {exc}") from exc
+            shard_of |= dict.fromkeys(shard.keys(), shard)
+        yield RowReader(folder, shard_of)
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if index.exists():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(named)]
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ModelError(f"{folder} holds no .safetensors files; convert the checkpoint with save_pretrained first")
+    return found

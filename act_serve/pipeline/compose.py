@@ -1,0 +1,68 @@
+"""Scores a base with any composition of stored abilities."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from act_serve.abilities.store import Store
+from act_serve.delta.artifact import read_artifact
+from act_serve.delta.composition import Composition
+from act_serve.delta.fingerprint import check_base, fingerprint_model
+from act_serve.errors import DataError
+from act_serve.models.examples import Example
+from act_serve.models.loading import load_model, load_tokenizer, resolve_model
+from act_serve.models.row_delta import RowDeltas
+from act_serve.pipeline.evaluate import Question, evaluate
+from act_serve.profile.schema import Data, Task
+
+
+def artifacts_of(composition: str, store: Path) -> list[tuple[Path, float]]:
+    """The artifact folder and weight of each ability in a composition such as `fr+extract@1*0.5`.
+
+    An ability without a version means its latest. Raises RequestError for a malformed composition and
+    UnknownAbilityError for an ability that the store lacks.
+    """
+    shelf = Store(store)
+    found = []
+    for ability in Composition.parse(composition).abilities:
+        manifest = shelf.manifest(ability.name, ability.version)
+        found.append((shelf.path(ability.name, manifest.version), ability.weight))
+    return found
+
+
+def score_composition(
+    *,
+    base: str,
+    composition: str,
+    store: Path,
+    examples: list[Example],
+    metrics: Sequence[str],
+    language: str | None = None,
+    max_new_tokens: int = 96,
+) -> dict[str, float]:
+    """Returns the score by metric of `base` with the composition's abilities added as in serving.
+
+    Raises DataError for an unknown metric or no examples, and the artifact's and store's errors.
+    """
+    if not examples:
+        raise DataError("the task file holds no examples")
+    questions = [Question(_task(metric, language, max_new_tokens), examples) for metric in metrics]
+    folder = resolve_model(base)
+    fingerprint = fingerprint_model(folder)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    with ExitStack() as stack:
+        for artifact, weight in artifacts_of(composition, store):
+            manifest, deltas = read_artifact(artifact)
+            check_base(manifest.base_fingerprint, fingerprint, what=f"{manifest.name}@{manifest.version}")
+            stack.enter_context(RowDeltas(deltas, weight).attached(model))
+        return evaluate(model, tokenizer, questions)
+
+
+def _task(metric: str, language: str | None, max_new_tokens: int) -> Task:
+    fields = {"name": metric, "metric": metric, "language": language, "max_new_tokens": max_new_tokens}
+    try:
+        return Task.model_validate({**fields, "data": Data(test="given")})
+    except ValidationError as exc:
+        raise DataError(f"metric {metric!r}: {exc.errors()[0]['msg']}") from exc

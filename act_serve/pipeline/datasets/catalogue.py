@@ -1,0 +1,92 @@
+"""Finds the examples that a profile's `data` section names."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from act_serve.errors import DataError
+from act_serve.models.examples import Example
+from act_serve.pipeline.datasets.english_prose import debian_handbook, python_reference
+from act_serve.pipeline.datasets.libreoffice_help import translation_pairs
+from act_serve.pipeline.datasets.order_notes import order_notes
+from act_serve.pipeline.datasets.splits import Split
+from act_serve.profile.schema import Data
+
+MAKERS: dict[str, Callable[..., list[Example]]] = {
+    "libreoffice_help": translation_pairs,
+    "order_notes": order_notes,
+    "python_reference": python_reference,
+    "debian_handbook": debian_handbook,
+}
+
+
+def load_examples(data: Data, split: Split, count: int, seed: int) -> list[Example]:
+    """Returns up to `count` examples of one split.
+
+    Raises DataError when the data is missing or malformed, or when nothing is left.
+    """
+    if data.maker is None:
+        found = _from_files(data, split)[:count]
+    else:
+        found = _maker(data.maker)(split, count, seed, **_checked(data))
+    if not found:
+        raise DataError(f"no {split} examples in {data.maker or data.test}; nothing can be trained or scored")
+    return found
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Reads a JSONL file of `{"prompt", "answer"}` or `{"text"}` objects; raises DataError with the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"{path}: can't be read ({exc})") from exc
+    return [_example(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Writes examples as JSONL, as `read_examples` reads them."""
+    lines = [
+        {"text": example.answer} if example.prompt is None else {"prompt": example.prompt, "answer": example.answer}
+        for example in examples
+    ]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def examples_hash(examples: Iterable[Example]) -> str:
+    """A sha256 over the examples, for manifests and stage records."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.prompt, example.answer]).encode())
+    return digest.hexdigest()
+
+
+def _maker(name: str) -> Callable[..., list[Example]]:
+    if name not in MAKERS:
+        raise DataError(f"no data maker is called {name!r}; known: {', '.join(MAKERS)}")
+    return MAKERS[name]
+
+
+def _checked(data: Data) -> dict[str, Any]:
+    unknown = set(data.options) - ({"language"} if data.maker == "libreoffice_help" else set())
+    if unknown:
+        raise DataError(f"the data maker {data.maker} has no option {', '.join(sorted(unknown))}")
+    return data.options
+
+
+def _from_files(data: Data, split: Split) -> list[Example]:
+    named = data.test if split == "test" else data.train
+    if named is None:
+        raise DataError(f"the profile's data names no `{split}` file, which this build needs")
+    return read_examples(Path(named))
+
+
+def _example(path: Path, number: int, line: str) -> Example:
+    try:
+        content = json.loads(line)
+        if "text" in content:
+            return Example(None, str(content["text"]))
+        return Example(str(content["prompt"]), str(content["answer"]))
+    except (ValueError, KeyError, TypeError) as exc:
+        raise DataError(f'{path}:{number}: expected {{"prompt", "answer"}} or {{"text"}}: {exc!r}') from exc

@@ -1,0 +1,84 @@
+"""Measures the variants of a build on the same held-out examples: base, source, transfer alone, delta, compositions."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from act_serve.delta.artifact import ModuleDelta
+from act_serve.delta.manifest import Score
+from act_serve.models.loading import load_model, load_tokenizer
+from act_serve.models.row_delta import RowDeltas
+from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples
+from act_serve.pipeline.evaluate import Question, evaluate
+from act_serve.pipeline.scorers import HIGHER_IS_BETTER
+from act_serve.profile.schema import Profile, RetainedTask
+
+Deltas = Mapping[str, ModuleDelta]
+Scores = dict[str, float]
+
+
+def questions_of(profile: Profile) -> list[Question]:
+    """The profile's scored and retained tasks with their held-out examples; raises DataError when there are none."""
+    tasks = (*profile.score, *profile.retain)
+    return [Question(task, load_examples(task.data, "test", task.items, profile.seed)) for task in tasks]
+
+
+def questions_key(questions: Sequence[Question]) -> list[list[str]]:
+    """Names the tasks and every example in them, for stage records."""
+    return [[question.task.model_dump_json(), examples_hash(question.examples)] for question in questions]
+
+
+def as_stored(deltas: Deltas) -> dict[str, ModuleDelta]:
+    """The deltas rounded to bfloat16, as the artifact stores them; scores are of these, not of the trained ones."""
+    return {
+        name: ModuleDelta(
+            delta.rows,
+            delta.delta.to(torch.bfloat16),
+            None if delta.bias_delta is None else delta.bias_delta.to(torch.bfloat16),
+        )
+        for name, delta in deltas.items()
+    }
+
+
+def measure(model: Path, deltas: Sequence[Deltas], questions: Sequence[Question]) -> Scores:
+    """Scores the model in a folder with all `deltas` added, rounded as stored."""
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    with ExitStack() as stack:
+        for delta in deltas:
+            stack.enter_context(RowDeltas(as_stored(delta)).attached(loaded))
+        return evaluate(loaded, tokenizer, questions)
+
+
+def save_scores(folder: Path, scores: Scores) -> None:
+    """Keeps scores in a stage's folder."""
+    (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+
+
+def load_scores(folder: Path) -> Scores:
+    """Reads what `save_scores` wrote."""
+    scores: Scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    return scores
+
+
+def manifest_scores(questions: Sequence[Question], variants: Mapping[str, Scores]) -> tuple[Score, ...]:
+    """One manifest entry per task, from the scores of `base`, `source`, `transfer` and `delta`."""
+    return tuple(
+        Score(
+            task=task.name,
+            metric=task.metric,
+            higher_is_better=HIGHER_IS_BETTER[task.metric],
+            items=len(question.examples),
+            retained=isinstance(task, RetainedTask),
+            **_rounded({variant: variants[variant][task.name] for variant in variants}),
+        )
+        for question in questions
+        for task in (question.task,)
+    )
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, Any]:
+    return {name: round(value, 5) for name, value in values.items()}

@@ -1,0 +1,71 @@
+"""Says before a build what it will do, about how long it takes and how much memory it needs."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from act_serve.models.answering import answer_logits
+from act_serve.models.examples import Example, collate, encode
+from act_serve.models.families import channel_modules
+from act_serve.models.loading import load_model, load_tokenizer
+from act_serve.profile.schema import Profile
+
+# A training step costs about this many forward passes over the same tokens, measured on one CPU core.
+DENSE_STEP, ROWS_STEP, RETENTION_STEP = 3.6, 3.0, 4.0
+# Bytes per linear parameter while it is trained densely: bf16 weight and gradient, float32 master, gradient, Adam.
+DENSE_BYTES = 2 + 2 + 4 + 4 + 8
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """One line of the plan; an estimate of `seconds`, good to a factor of two."""
+
+    name: str
+    what: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a build will do, and the most memory that it takes beyond the libraries'."""
+
+    stages: tuple[PlannedStage, ...]
+    peak_bytes: int
+
+
+def make_plan(profile: Profile, base: Path, sample: list[Example]) -> Plan:
+    """Plans a build after timing one forward pass of the base on a few examples."""
+    seconds_per_item, model_bytes = _forward_cost(base, sample)
+    stages = []
+    linear = sum(module.out_features * module.in_features for module in channel_modules(base))
+    peak = 2 * model_bytes
+    train, tune = profile.source.train, profile.finetune
+    if train is not None:
+        seconds = DENSE_STEP * seconds_per_item * train.steps * train.batch_size
+        stages.append(PlannedStage("source", f"train the ability model densely, {train.steps} steps", seconds))
+        peak = max(peak, model_bytes + linear * DENSE_BYTES)
+    items = profile.localize.calibration_items
+    stages.append(PlannedStage("calibrate", f"compare both models on {items} answers", 2 * items * seconds_per_item))
+    share = f"{profile.localize.p:.1%} of the linear parameters by {profile.localize.ranking}"
+    stages.append(PlannedStage("localize", share, 1.0))
+    stages.append(PlannedStage("transfer", f"copy these rows' differences, λ = {profile.transfer.strength:g}", 1.0))
+    if tune.steps:
+        kept = RETENTION_STEP * tune.retention.items_per_step if tune.retention else 0.0
+        seconds = (ROWS_STEP * tune.batch_size + kept) * seconds_per_item * tune.steps
+        stages.append(PlannedStage("finetune", f"train the rows alone, {tune.steps} steps", seconds))
+    tasks = (*profile.score, *profile.retain)
+    what = ", ".join(f"{task.name} ({task.items})" for task in tasks)
+    stages.append(PlannedStage("evaluate", what, 4 * 3 * seconds_per_item * sum(task.items for task in tasks)))
+    return Plan(tuple(stages), peak)
+
+
+def _forward_cost(base: Path, sample: list[Example]) -> tuple[float, int]:
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    batch = collate([encode(tokenizer, example) for example in sample], tokenizer.pad_token_id or 0)
+    with torch.no_grad():
+        answer_logits(model, batch)  # the first pass also warms caches up
+        start = time.monotonic()
+        answer_logits(model, batch)
+    return (time.monotonic() - start) / len(sample), 2 * sum(weight.numel() for weight in model.parameters())

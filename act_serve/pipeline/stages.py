@@ -1,0 +1,63 @@
+"""Stages of a build that are kept on disk, so that an interrupted build goes on where it stopped."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from act_serve.errors import BuildError
+
+RECORD = "record.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A finished stage: its files are in `folder`; `key` names its inputs and so everything in it."""
+
+    folder: Path
+    key: str
+    seconds: float
+    resumed: bool
+
+
+def run_stage(work: Path, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Stage:
+    """Returns the stage `name` of the build in `work`: kept from an earlier run with the same `inputs`, else made.
+
+    `inputs` is JSON and holds all that the result depends on, keys of earlier stages included. `make` fills the
+    empty folder that it is given; the stage appears only when it is complete. Raises BuildError when the disk is
+    full or not writable.
+    """
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    folder = work / name
+    kept = _record(folder)
+    if kept.get("key") == key:
+        return Stage(folder, key, float(kept["seconds"]), resumed=True)
+    staging = work / f".{name}.{os.getpid()}"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        start = time.monotonic()
+        make(staging)
+        seconds = time.monotonic() - start
+        record = {"key": key, "seconds": round(seconds, 1), "inputs": dict(inputs)}
+        (staging / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    except OSError as exc:
+        raise BuildError(f"stage {name} could not be kept in {work}: {exc}; earlier stages are safe") from exc
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Stage(folder, key, seconds, resumed=False)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

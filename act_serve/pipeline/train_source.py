@@ -1,0 +1,61 @@
+"""Trains an ability model from the base, densely, for when no ready-made one exists."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from act_serve.models.examples import Example, encode
+from act_serve.models.families import channel_modules
+from act_serve.models.loading import load_model, load_tokenizer
+from act_serve.pipeline.training import Report, Schedule, answer_loss, optimise, training_batches
+from act_serve.profile.schema import TrainSource
+
+
+def train_source(
+    *, base: Path, examples: list[Example], settings: TrainSource, seed: int, folder: Path, report: Report
+) -> Path:
+    """Trains every linear channel of `base` on `examples` and saves the model in `folder`, atomically.
+
+    Embedding, norms and lm_head stay as they are: only then does the whole difference to the base lie in channels
+    that a delta can carry. Raises BuildError when training diverges.
+    """
+    torch.manual_seed(seed)
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    weights = [model.get_submodule(module.name).weight for module in channel_modules(base)]
+    masters = [weight.detach().float().requires_grad_(True) for weight in weights]
+    items = [encode(tokenizer, example) for example in examples]
+    stream = training_batches(items, settings.batch_size, tokenizer.pad_token_id, seed)
+
+    def loss() -> Tensor:
+        _copy(masters, weights)
+        value = answer_loss(model, next(stream))
+        gradients = torch.autograd.grad(value, weights)
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient.float()
+        return value.detach()
+
+    for weight in weights:
+        weight.requires_grad_(True)
+    optimise(masters, loss, Schedule(settings.steps, settings.learning_rate), report)
+    _copy(masters, weights)
+    _save(model, tokenizer, folder)
+    return folder
+
+
+def _copy(masters: list[Tensor], weights: list[Tensor]) -> None:
+    with torch.no_grad():
+        for master, weight in zip(masters, weights, strict=True):
+            weight.copy_(master)
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)

@@ -1,0 +1,28 @@
+"""Takes the chosen rows of the ability model as differences to the base (arXiv 2601.09398, section 3.2)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from act_serve.delta.artifact import ModuleDelta
+from act_serve.models.row_reader import RowReader, open_rows
+
+
+def transfer(*, base: Path, source: Path, rows: Mapping[str, Tensor], strength: float) -> dict[str, ModuleDelta]:
+    """Returns λ·(W(ability) − W(base)) of the chosen rows, float32, and of their bias entries where there are any.
+
+    Reads only those rows of both checkpoints. Raises ModelError when a tensor is missing.
+    """
+    with open_rows(base) as left, open_rows(source) as right:
+        return {name: _difference(left, right, name, index, strength) for name, index in rows.items()}
+
+
+def _difference(left: RowReader, right: RowReader, name: str, rows: Tensor, strength: float) -> ModuleDelta:
+    wanted = rows.tolist()
+
+    def scaled(tensor: str) -> Tensor:
+        return strength * (right.rows(tensor, wanted).float() - left.rows(tensor, wanted).float())
+
+    bias = scaled(f"{name}.bias") if f"{name}.bias" in left.names() else None
+    return ModuleDelta(rows, scaled(f"{name}.weight"), bias)

@@ -1,0 +1,142 @@
+"""What a user writes in `profiles/abilities/NAME.yaml`: one ability, how to build it and what it may cost."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Ranking = Literal["activation_global", "activation_per_module", "weight_relative", "weight_per_module", "random"]
+Metric = Literal["exact_match", "json_fields", "chrf", "language_share", "nll", "perplexity"]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+LearningRate = Annotated[float, Field(gt=0.0, le=0.1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Section):
+    """Where examples come from: a data set that act-serve can make, or JSONL files.
+
+    A JSONL line is `{"prompt": ..., "answer": ...}` or `{"text": ...}`. `train` and `test` are paths relative to the
+    profile's folder.
+    """
+
+    maker: str | None = None
+    options: dict[str, Any] = {}
+    train: str | None = None
+    test: str | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Data":
+        if (self.maker is None) == (self.test is None):
+            raise ValueError("name either a `maker` or a `test` file (with a `train` file where training needs one)")
+        return self
+
+
+class TrainSource(_Section):
+    """Dense training of an ability model, for when none exists yet."""
+
+    items: Count
+    steps: Count
+    learning_rate: LearningRate = 2e-4
+    batch_size: Count = 8
+
+
+class Source(_Section):
+    """The ability model: ready-made (a folder or hub id), or trained here from the profile's data."""
+
+    model: str | None = None
+    train: TrainSource | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Source":
+        if (self.model is None) == (self.train is None):
+            raise ValueError("give either `model` (a folder or hub id) or `train` (how to train one from the data)")
+        return self
+
+
+class Localize(_Section):
+    """Which channels are transferred: the `ranking` and the share `p` of all channels."""
+
+    ranking: Ranking = "activation_per_module"
+    p: Share = 0.05
+    calibration_items: Count = 64
+
+
+class Transfer(_Section):
+    """`strength` is the λ of W + λ·ΔW."""
+
+    strength: float = Field(default=1.0, gt=0.0, le=4.0)
+
+
+class Retention(_Section):
+    """A pull towards the base's own answers on the retained tasks' training text while the rows are trained."""
+
+    weight: float = Field(default=1.0, ge=0.0)
+    items_per_step: Count = 3
+    items_per_task: Count = 250
+
+
+class FineTune(_Section):
+    """Light training of the transferred rows alone; `steps: 0` leaves the transfer as it is."""
+
+    steps: int = Field(default=100, ge=0)
+    items: Count = 2000
+    learning_rate: LearningRate = 5e-4
+    batch_size: Count = 8
+    retention: Retention | None = None
+
+
+class Task(_Section):
+    """A held-out test: `items` examples of `data`, one `metric`; answers are cut after `max_new_tokens`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    data: Data
+    metric: Metric
+    items: Count = 200
+    max_new_tokens: Count = 96
+    language: str | None = None
+
+    @model_validator(mode="after")
+    def _names_language(self) -> "Task":
+        if self.metric == "language_share" and self.language is None:
+            raise ValueError("the metric language_share needs a `language` such as fr")
+        return self
+
+
+class RetainedTask(Task):
+    """A task that the ability must not cost more than `max_drop` (0.03 is 3 %) of the base's score.
+
+    `train_data` names other text than `data` for the retention term, where the test text must stay unknown.
+    """
+
+    max_drop: float = Field(default=0.03, ge=0.0, le=1.0)
+    train_data: Data | None = None
+
+
+class Profile(_Section):
+    """One ability profile. Field by field it mirrors the YAML file; unknown keys are refused."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    kind: Literal["language", "skill", "other"] = "skill"
+    languages: tuple[str, ...] = ()
+    description: str = Field(min_length=1)
+    license: str = Field(min_length=1)
+    exemplars: tuple[str, ...] = ()
+    base: str = "embedded"
+    seed: int = 0
+    source: Source
+    data: Data
+    localize: Localize = Localize()
+    transfer: Transfer = Transfer()
+    finetune: FineTune = FineTune()
+    score: tuple[Task, ...] = Field(min_length=1)
+    retain: tuple[RetainedTask, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Profile":
+        names = [task.name for task in (*self.score, *self.retain)]
+        if len(set(names)) != len(names):
+            raise ValueError("two tasks in `score` and `retain` have the same name")
+        return self

@@ -1,0 +1,55 @@
+"""The router's HTTP app: abilities and state from here, everything else from the engines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from act_serve import __version__
+from act_serve.abilities.catalogue import Catalogue
+from act_serve.abilities.detect import identify_language
+from act_serve.abilities.resolve import Policy
+from act_serve.abilities.store import Store
+from act_serve.server.catalogue_watch import CatalogueWatch
+from act_serve.server.config import ServerSettings
+from act_serve.server.control import control_routes
+from act_serve.server.forward import Forwarder, open_session
+from act_serve.server.inference import Inference
+from act_serve.server.metrics import RouterMetrics
+from act_serve.server.upstream import Upstream
+
+
+def build_app(settings: ServerSettings, base_model: str, open_upstream: Callable[[], Upstream]) -> FastAPI:
+    """The app of one router.
+
+    Args:
+        settings: of the server.
+        base_model: the name that clients use for the base.
+        open_upstream: gives the seam to the engines; called once, when the app starts.
+    """
+    catalogue = Catalogue(Store(settings.store))
+    watch = CatalogueWatch(catalogue, settings.catalogue_refresh_s)
+    policy = Policy(base_model, settings.default_abilities, settings.allow_negative_weights)
+    metrics = RouterMetrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await watch.refresh()
+        await asyncio.to_thread(identify_language, "warm up")
+        async with open_session() as session:
+            forwarder = Forwarder(open_upstream(), session, metrics)
+            app.include_router(control_routes(catalogue, base_model, forwarder, metrics))
+            app.mount("/", Inference(watch, policy, forwarder, metrics, settings.max_body_bytes))
+            watching = asyncio.create_task(watch.run())
+            try:
+                yield
+            finally:
+                watching.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watching
+
+    return FastAPI(title="act-serve", version=__version__, lifespan=lifespan)

@@ -1,0 +1,124 @@
+"""What a server needs to know, from the command line or from the ``args`` of a Ray Serve config file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from act_serve.delta.composition import Composition
+from act_serve.engine.settings import DEFAULT_RESIDENT_BYTES
+from act_serve.errors import ProfileError, RequestError
+
+_UNKNOWN = "extra_forbidden"  # pydantic's word
+_ITSELF = "it is a setting of its own, of the same name"
+_SET_HERE = "act-serve sets it itself, and abilities need the value that it sets"
+_MAX_LORAS = "use the setting max_num_seqs; every sequence may have a composition of its own"
+# What must not come in beside the settings, and what to use instead.
+_OWNED = {
+    **dict.fromkeys(("model", "served_model_name", "dtype", "max_model_len", "max_num_seqs"), _ITSELF),
+    **dict.fromkeys(("enforce_eager", "tool_call_parser"), _ITSELF),
+    "enable_auto_tool_choice": "use the setting tool_call_parser; empty is no tools",
+    "additional_config": "use the settings store and max_resident_bytes",
+    **dict.fromkeys(("middleware", "worker_cls", "enable_lora", "max_lora_rank"), _SET_HERE),
+    **dict.fromkeys(("max_loras", "max_cpu_loras"), _MAX_LORAS),
+    "lora_modules": "put abilities into the store",
+    "kv_cache_memory_bytes": "use the setting kv_cache_gib",
+    "config": "give the arguments one by one",
+    **dict.fromkeys(("host", "port", "uds"), "use the setting engine_host; the port is any free one"),
+}
+
+
+def _from_json(value: object) -> object:
+    """``serve run APP key=value`` gives every value as text."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError('give vLLM\'s arguments by their Python names as a JSON object, such as {"seed": 1}')
+    for name in parsed:
+        instead = _OWNED.get(str(name).replace("-", "_"))
+        if instead is not None:
+            raise ValueError(f"{name!r} is not for engine_args: {instead}")
+    return parsed
+
+
+def _check_default(value: str) -> str:
+    if value not in ("none", "auto"):
+        try:
+            Composition.parse(value)
+        except RequestError as exc:
+            raise ValueError(f"give none, auto or a composition such as fr+math*0.5: {exc}") from exc
+    return value
+
+
+class ServerSettings(BaseModel):
+    """Router and engines.
+
+    Attributes:
+        model: folder of the base checkpoint; None is the embedded SmolLM2-135M-Instruct.
+        served_model_name: the name that clients use; by default the folder's name.
+        store: root folder of the ability store.
+        default_abilities: what a request gets that asks for nothing: none, auto or a composition's text.
+        allow_negative_weights: whether a request may subtract an ability.
+        max_body_bytes: larger request bodies are refused with 413.
+        max_ongoing_requests: requests that one engine replica works on or queues itself.
+        max_queued_requests: requests that one router holds back for a free engine; more are refused with 429.
+        replica_wait_s: how long a request waits for a living engine before 503.
+        catalogue_refresh_s: how often the router looks for changes in the store.
+        engine_replicas, router_replicas: processes of each kind.
+        engine_host: interface of the engines' HTTP servers, which only routers may call; by default the address by
+            which Ray knows the node.
+        engine_cpus, engine_gpus: what Ray sets aside for one engine replica.
+        dtype, max_model_len, max_num_seqs, enforce_eager, kv_cache_gib: as in
+            :class:`act_serve.engine.settings.EngineSettings`.
+        tool_call_parser: vLLM's name of how the model writes tool calls (SmolLM2, Qwen: hermes); None or empty:
+            no tools.
+        max_resident_bytes: budget of the abilities that an engine holds in memory, in bytes.
+        engine_args: further vLLM engine arguments, by their Python names; none that the settings above decide.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Path | None = None
+    served_model_name: str | None = None
+    store: Path = Path("abilities")
+    default_abilities: Annotated[str, BeforeValidator(_check_default)] = "none"
+    allow_negative_weights: bool = False
+    max_body_bytes: PositiveInt = 10_000_000
+    max_ongoing_requests: PositiveInt = 64
+    max_queued_requests: PositiveInt = 256
+    replica_wait_s: PositiveFloat = 30.0
+    catalogue_refresh_s: PositiveFloat = 1.0
+    engine_replicas: PositiveInt = 1
+    router_replicas: PositiveInt = 1
+    engine_host: str | None = None
+    engine_cpus: Annotated[float, Field(ge=0)] = 1.0
+    engine_gpus: Annotated[float, Field(ge=0)] = 0.0
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    max_model_len: PositiveInt = 2048
+    max_num_seqs: PositiveInt = 16
+    enforce_eager: bool = True
+    kv_cache_gib: PositiveInt = 1
+    max_resident_bytes: PositiveInt = DEFAULT_RESIDENT_BYTES
+    tool_call_parser: str | None = "hermes"
+    engine_args: Annotated[dict[str, Any], BeforeValidator(_from_json)] = {}
+
+
+def read_settings(args: Mapping[str, Any]) -> ServerSettings:
+    """Checks ``args``, values given as text included.
+
+    Raises:
+        ProfileError: a key is unknown or a value is wrong; the message names the first one.
+    """
+    try:
+        return ServerSettings.model_validate(dict(args))
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        known = f"; known settings: {', '.join(ServerSettings.model_fields)}" if first["type"] == _UNKNOWN else ""
+        raise ProfileError(f"server setting '{where}': {first['msg'].removeprefix('Value error, ')}{known}") from exc

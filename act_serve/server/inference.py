@@ -1,0 +1,134 @@
+"""The router's hot path: any of vLLM's own endpoints, with the abilities resolved."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from act_serve.abilities.resolve import FIELDS, Policy, Resolution, resolve
+from act_serve.engine.settings import MODEL_HEADER
+from act_serve.errors import UnknownAbilityError
+from act_serve.server.catalogue_watch import CatalogueWatch
+from act_serve.server.forward import Exchange, Forwarder
+from act_serve.server.http_errors import send_error
+from act_serve.server.metrics import RouterMetrics
+from act_serve.server.paths import check_path, path_label
+from act_serve.server.request_body import ClientGoneError, is_json, parse_body, read_body
+
+# Internal to the hop between router and engine, or read by vLLM as another choice of the model
+# (vllm/entrypoints/serve/sagemaker): a client's own value must not get there.
+_DROPPED = ("x-act-", "x-amzn-sagemaker-")
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """An ASGI app for everything that the engines answer."""
+
+    catalogue: CatalogueWatch
+    policy: Policy
+    forwarder: Forwarder
+    metrics: RouterMetrics
+    max_body_bytes: int
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one HTTP request; errors before the first byte become OpenAI error objects."""
+        if scope["type"] != "http":
+            return
+        started = _Started(send)
+        path = path_label(scope["path"])
+        with self.metrics.in_flight.track_inprogress():
+            try:
+                exchange = await self._exchange(scope, receive)
+                status = await _unless_gone(self.forwarder.forward(exchange, started), receive, started)
+            except ClientGoneError:
+                self.metrics.disconnects.inc()
+                status = 499
+            except Exception as exc:
+                if started.already:
+                    raise
+                status = await send_error(send, exc)
+        self.metrics.requests.labels(path, status).inc()
+
+    async def _exchange(self, scope: Scope, receive: Receive) -> Exchange:
+        path = scope["raw_path"].decode("ascii")
+        check_path(scope["path"])
+        query = scope["query_string"].decode("ascii")
+        target = f"{path}?{query}" if query else path
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        headers = [(name, value) for name, value in headers if not name.lower().startswith(_DROPPED)]
+        body = await read_body(receive, scope, self.max_body_bytes)
+        if scope["method"] != "POST" or not is_json(scope):
+            return Exchange(scope["method"], target, headers, body or None)
+        return await self._resolved(parse_body(body), target, headers)
+
+    async def _resolved(self, body: dict[str, Any], target: str, headers: list[tuple[str, str]]) -> Exchange:
+        resolution = await self._resolve(body)
+        for name in FIELDS:
+            body.pop(name, None)
+        body["model"] = resolution.model(self.policy.base_model)
+        headers = [(name, value) for name, value in headers if name != "content-type"]
+        headers.append(("content-type", "application/json"))
+        if resolution.composition:
+            headers.append((MODEL_HEADER, body["model"]))
+        used = (b"x-act-abilities", resolution.composition.header().encode())
+        report = json.dumps(resolution.report()).encode()
+        return Exchange("POST", target, headers, json.dumps(body).encode(), report, (used,))
+
+    async def _resolve(self, body: dict[str, Any]) -> Resolution:
+        start = time.perf_counter()
+        try:
+            resolution = resolve(body, view=self.catalogue.view, policy=self.policy)
+        except UnknownAbilityError as exc:  # it may have been published a moment ago
+            if exc.param == "model" or not await self.catalogue.look_again():
+                raise
+            resolution = resolve(body, view=self.catalogue.view, policy=self.policy)
+        self.metrics.decision.observe(time.perf_counter() - start)
+        for ability in resolution.composition.abilities:
+            self.metrics.abilities.labels(ability.name).inc()
+        if resolution.auto:
+            for name in [a.name for a in resolution.composition.abilities] or ["none"]:
+                self.metrics.auto.labels(name).inc()
+        return resolution
+
+
+class _Started:
+    """An ASGI send that remembers whether the answer has begun and ended."""
+
+    __slots__ = ("_send", "already", "finished")
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.already = False
+        self.finished = False
+
+    async def __call__(self, message: Any) -> None:
+        self.already = True
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.finished = True
+
+
+async def _unless_gone(work: Coroutine[Any, Any, int], receive: Receive, started: _Started) -> int:
+    """Runs ``work`` to its end, or cancels it as soon as the client closes the connection."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done() and not started.finished:
+            raise ClientGoneError
+        return await task
+    finally:
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

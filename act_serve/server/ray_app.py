@@ -1,0 +1,60 @@
+"""The Ray Serve application: ``serve run act_serve.server.ray_app:app store=abilities`` or a config file.
+
+Router deployment in front, Engine deployments behind; see deploy/serve-config.yaml.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from act_serve.server.config import ServerSettings, read_settings
+from act_serve.server.model_source import check_default_abilities, model_source
+from act_serve.server.ray_engine import ENGINE, Engine
+from act_serve.server.ray_router import router_class
+
+# A router is busy with a request as long as its answer streams.
+_ROUTER_ONGOING = 10_000
+_HEALTH_PERIOD_S = 5.0
+# Ray replaces a replica after three silences of this length in a row; requests that it holds end then.
+_HEALTH_TIMEOUT_S = 10.0
+
+
+def app(args: dict[str, Any]) -> Application:
+    """Builds the application; ``args`` are the fields of :class:`~act_serve.server.config.ServerSettings`.
+
+    Raises:
+        ProfileError: an argument is unknown or wrong.
+        ModelError: the model's folder holds no checkpoint.
+    """
+    settings = read_settings(args)
+    settings = settings.model_copy(update={"store": settings.store.absolute()})
+    check_default_abilities(settings)
+    folder, name = model_source(settings)
+    engine = serve.deployment(Engine).options(name=ENGINE, **_engine_options(settings))
+    router = serve.deployment(router_class(settings, name)).options(name="Router", **_router_options(settings))
+    return router.bind(engine.bind(settings, folder, name))
+
+
+def _engine_options(settings: ServerSettings) -> dict[str, Any]:
+    resources = {"num_cpus": settings.engine_cpus, "num_gpus": settings.engine_gpus}
+    return {
+        "num_replicas": settings.engine_replicas,
+        "max_ongoing_requests": settings.max_ongoing_requests,
+        "max_queued_requests": settings.max_queued_requests,
+        "health_check_period_s": _HEALTH_PERIOD_S,
+        "health_check_timeout_s": _HEALTH_TIMEOUT_S,
+        "ray_actor_options": resources,
+    }
+
+
+def _router_options(settings: ServerSettings) -> dict[str, Any]:
+    return {
+        "num_replicas": settings.router_replicas,
+        "max_ongoing_requests": _ROUTER_ONGOING,
+        "health_check_period_s": _HEALTH_PERIOD_S,
+        "health_check_timeout_s": _HEALTH_TIMEOUT_S,
+        "ray_actor_options": {"num_cpus": 0},
+    }

@@ -1,0 +1,92 @@
+"""The offline commands on a tiny model, as a user calls them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from act_serve.cli.main import app
+from act_serve.delta.artifact import ModuleDelta
+from act_serve.errors import ActServeError, ArtifactDamagedError, ProfileError
+from tests.pipeline.test_export import UP, publish
+from tests.tiny_models import make_llama
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    base = make_llama(tmp_path / "base")
+    rows = torch.arange(0, 64, 4, dtype=torch.int32)
+    publish(tmp_path / "store", base, "one", {UP: ModuleDelta(rows, torch.ones(16, 32, dtype=torch.bfloat16))})
+    (tmp_path / "task.jsonl").write_text('{"prompt": "say a", "answer": "aaaa"}\n{"prompt": "b", "answer": "b"}\n')
+    return tmp_path
+
+
+def call(*words: object) -> str:
+    done = CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_eval_writes_scores(home: Path) -> None:
+    common = ("--base", home / "base", "--store", home / "store", "--metric", "nll", "--json", home / "scores.json")
+    said = call("eval", home / "task.jsonl", "--abilities", "one*0.5", *common)
+    with_ability = json.loads((home / "scores.json").read_text())
+    call("eval", home / "task.jsonl", "--items", 2, *common)
+    alone = json.loads((home / "scores.json").read_text())
+    assert "nll" in said
+    assert with_ability["abilities"] == "one*0.5"
+    assert with_ability["items"] == alone["items"] == 2
+    assert with_ability["scores"]["nll"] != alone["scores"]["nll"]
+
+
+def test_export_then_load(home: Path) -> None:
+    call("export", "one", home / "merged", "--to", "hf", "--base", home / "base", "--store", home / "store")
+    merged = AutoModelForCausalLM.from_pretrained(home / "merged").get_submodule(UP).weight
+    base = AutoModelForCausalLM.from_pretrained(home / "base").get_submodule(UP).weight
+    assert merged.dtype == base.dtype
+    torch.testing.assert_close(merged[::4], base[::4] + 1)
+    assert torch.equal(merged[1::4], base[1::4])
+
+
+def test_inspect_shows_and_draws(home: Path) -> None:
+    said = call("inspect", home / "store" / "one" / "1", "--png", home / "one.png")
+    for word in ("one@1", "16 in 1 modules, 512 parameters", "up_proj │█│", "size of the changes"):
+        assert word in said
+    assert (home / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_refuses_damage(home: Path) -> None:
+    path = home / "store" / "one" / "1" / "channel_delta.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactDamagedError):
+        call("inspect", home / "store" / "one" / "1")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eval", "task.jsonl", "--metric", "nothing"),
+        ("eval", "none.jsonl"),
+        ("eval", "task.jsonl", "--abilities", "two"),
+        ("eval", "task.jsonl", "--abilities", "one*nan"),
+        ("export", "one+one", "merged"),
+    ],
+)
+def test_mistakes_are_our_own_errors(home: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    with pytest.raises(ActServeError):
+        call(*words, "--base", "base", "--store", "store")
+    assert not (home / "merged").exists()
+
+
+def test_all_profiles_are_checked_before_any_is_built(home: Path) -> None:
+    (home / "bad.yaml").write_text("name: bad\n")
+    shipped = Path(__file__).parents[2] / "profiles" / "abilities" / "extract.yaml"
+    with pytest.raises(ProfileError, match=r"bad\.yaml:1"):
+        call("build-delta", shipped, home / "bad.yaml", "--store", home / "store", "--work", home / "work")
+    assert not (home / "work").exists()

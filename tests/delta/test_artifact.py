@@ -1,0 +1,135 @@
+"""An artifact is written whole, read back equal, and refused with its own message when it is damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+from act_serve.abilities.store import Store
+from act_serve.delta.artifact import ModuleDelta, read_artifact, serialize_modules, write_artifact
+from act_serve.delta.manifest import MANIFEST_FILE, TENSORS_FILE
+from act_serve.errors import ArtifactDamagedError, StoreError
+from tests.abilities_for_tests import manifest_for, publish_random, random_modules
+
+
+@pytest.fixture
+def artifact(tiny_llama: Path, tmp_path: Path) -> Path:
+    return publish_random(Store(tmp_path), tiny_llama, "fr", seed=1)
+
+
+def rewrite(artifact: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Changes tensors and makes size and hash agree again, as a careless tool would."""
+    tensors = load_file(artifact / TENSORS_FILE)
+    change(tensors)
+    data = save(tensors, metadata={"format": "pt"})
+    (artifact / TENSORS_FILE).write_bytes(data)
+    edit(artifact, tensors_sha256=hashlib.sha256(data).hexdigest(), counts={"bytes": len(data)})
+
+
+def edit(artifact: Path, **fields: Any) -> None:
+    path = artifact / MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    for key, value in fields.items():
+        manifest[key] = {**manifest[key], **value} if isinstance(value, dict) and key in manifest else value
+    path.write_text(json.dumps(manifest))
+
+
+def test_reads_back_what_was_written(artifact: Path, tiny_llama: Path) -> None:
+    manifest, modules = read_artifact(artifact)
+    expected = random_modules(tiny_llama, seed=1)
+    assert manifest.name == "fr"
+    assert modules.keys() == expected.keys()
+    for name, module in expected.items():
+        assert torch.equal(modules[name].rows, module.rows)
+        assert torch.equal(modules[name].delta, module.delta)
+
+
+def test_equal_deltas_are_equal_bytes(tiny_llama: Path) -> None:
+    modules = random_modules(tiny_llama, seed=1)
+    assert serialize_modules(modules) == serialize_modules(dict(reversed(modules.items())))
+
+
+def test_is_immutable_and_leaves_nothing_half_written(artifact: Path, tiny_llama: Path) -> None:
+    modules = random_modules(tiny_llama, seed=2)
+    tensors = serialize_modules(modules)
+    with pytest.raises(StoreError, match="immutable"):
+        write_artifact(artifact, manifest_for(tiny_llama, "fr", 1, modules, tensors), tensors)
+    with pytest.raises(ArtifactDamagedError):
+        write_artifact(artifact.parent / "2", manifest_for(tiny_llama, "fr", 2, modules, tensors), tensors[:-1])
+    blocked = artifact / MANIFEST_FILE / "3"
+    with pytest.raises(StoreError, match="nothing was published"):
+        write_artifact(blocked, manifest_for(tiny_llama, "fr", 3, modules, tensors), tensors)
+    assert [path.name for path in artifact.parent.iterdir()] == ["1"]
+
+
+MODULE = "model.layers.0.mlp.up_proj"
+
+
+def truncate(artifact: Path) -> None:
+    path = artifact / TENSORS_FILE
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_bit(artifact: Path) -> None:
+    data = bytearray((artifact / TENSORS_FILE).read_bytes())
+    data[-1] ^= 1
+    (artifact / TENSORS_FILE).write_bytes(data)
+
+
+def set_rows(rows: list[int]) -> Callable[[Path], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        old = tensors[f"{MODULE}.rows"]
+        tensors[f"{MODULE}.rows"] = torch.tensor((rows + old.tolist())[: len(old)], dtype=torch.int32)
+
+    return lambda artifact: rewrite(artifact, change)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (truncate, "bytes, the manifest says"),
+    "bit flipped": (flip_bit, "sha256"),
+    "wrong hash": (lambda a: edit(a, tensors_sha256="0" * 64), "sha256"),
+    "no tensors file": (lambda a: (a / TENSORS_FILE).unlink(), "cannot be read"),
+    "no manifest": (lambda a: (a / MANIFEST_FILE).unlink(), "is this an ability folder"),
+    "manifest not json": (lambda a: (a / MANIFEST_FILE).write_text("{"), "not a valid ability manifest"),
+    "unknown key": (lambda a: edit(a, surprise=1), "surprise"),
+    "other schema": (lambda a: edit(a, schema_version=2), "schema_version"),
+    "missing tensor": (lambda a: rewrite(a, lambda t: t.pop(f"{MODULE}.delta")), f"tensors of {MODULE} are missing"),
+    "extra tensor": (lambda a: rewrite(a, lambda t: t.update(extra=torch.ones(1))), "not in the manifest"),
+    "row out of range": (set_rows([9999]), "ascending, unique"),
+    "negative row": (set_rows([-1]), "ascending, unique"),
+    "row repeated": (set_rows([0, 0]), "ascending, unique"),
+    "rows as int64": (
+        lambda a: rewrite(a, lambda t: t.update({f"{MODULE}.rows": t[f"{MODULE}.rows"].long()})), "not int32"),
+    "other shape": (
+        lambda a: rewrite(a, lambda t: t.update({f"{MODULE}.delta": t[f"{MODULE}.delta"][:, 1:].clone()})), "delta is"),
+    "not a number": (
+        lambda a: rewrite(a, lambda t: t[f"{MODULE}.delta"].fill_(float("nan"))), "NaN"),
+    "wrong counts": (lambda a: edit(a, counts={"channels": 1}), "counts"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_refused_with_its_own_message(name: str, artifact: Path, tmp_path: Path) -> None:
+    damage, message = DAMAGES[name]
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    damage(copy)
+    with pytest.raises(ArtifactDamagedError, match=message):
+        read_artifact(copy)
+
+
+def test_bias_is_kept(tiny_qwen: Path, tmp_path: Path) -> None:
+    _, modules = read_artifact(publish_random(Store(tmp_path), tiny_qwen, "b", seed=1))
+    bias = modules["model.layers.0.self_attn.q_proj"].bias_delta
+    assert bias is not None
+    assert bias.shape == modules["model.layers.0.self_attn.q_proj"].rows.shape
+    assert isinstance(modules["model.layers.0.mlp.up_proj"], ModuleDelta)
+    assert modules["model.layers.0.mlp.up_proj"].bias_delta is None

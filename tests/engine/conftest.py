@@ -1,0 +1,62 @@
+"""A real vLLM engine with real and random abilities."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from act_serve.abilities.store import Store
+from act_serve.models.loading import embedded_base
+from tests.abilities_for_tests import publish_random
+
+SHIPPED = Path(os.environ.get("ACT_SERVE_TEST_STORE", Path(__file__).parents[2] / "abilities"))
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    """The embedded base model."""
+    return embedded_base()
+
+
+@pytest.fixture(scope="session")
+def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The shipped abilities and two of random rows, ``r1`` and ``r2``."""
+    root = tmp_path_factory.mktemp("store")
+    shutil.copytree(SHIPPED, root, dirs_exist_ok=True)
+    store = Store(root)
+    publish_random(store, base, "r1", seed=1)
+    publish_random(store, base, "r2", seed=2)
+    return store
+
+
+@contextmanager
+def running_engine(model: Path, store: Store | None = None, **options: Any) -> Iterator[Any]:
+    """vLLM's ``LLM``, with abilities if a store is given; its process has ended when the block ends."""
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    from vllm import LLM
+
+    if store is not None:
+        options |= {
+            "enable_lora": True,
+            "max_loras": 64,
+            "max_lora_rank": 8,
+            "worker_cls": "act_serve.engine.worker.AbilityWorker",
+            "additional_config": {"act_serve": {"store": str(store.root)}},
+        }
+    llm = LLM(str(model), **{"max_model_len": 1024, "max_num_seqs": 64, "enforce_eager": True, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture
+def engine() -> Callable[..., Any]:
+    """The function that starts an engine."""
+    return running_engine

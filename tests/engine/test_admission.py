@@ -1,0 +1,85 @@
+"""What is wrong with a composition is said before the engine is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from act_serve.abilities.store import Store
+from act_serve.delta.composition import Composition
+from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.delta.fit import ModuleShape
+from act_serve.delta.manifest import TENSORS_FILE
+from act_serve.engine.admission import Admission, split_model
+from act_serve.errors import ArtifactDamagedError, BaseMismatchError, RequestError, UnknownAbilityError
+from tests.abilities_for_tests import bias_names, linear_shapes, publish_random
+
+
+@pytest.fixture
+def store(tmp_path: Path, tiny_llama: Path) -> Store:
+    store = Store(tmp_path / "store")
+    publish_random(store, tiny_llama, "fr", seed=1)
+    publish_random(store, tiny_llama, "fr", seed=2, version=2)
+    return store
+
+
+def modules_of(base: Path) -> dict[str, ModuleShape]:
+    return {name: ModuleShape(*shape, name in bias_names(base)) for name, shape in linear_shapes(base).items()}
+
+
+@pytest.fixture
+def admission(store: Store, tiny_llama: Path) -> Admission:
+    return Admission(store, fingerprint_model(tiny_llama), modules_of(tiny_llama))
+
+
+async def test_versions_and_contents_are_pinned(admission: Admission, store: Store) -> None:
+    pinned = await admission.pin(Composition.parse("fr*0.5"))
+    assert str(pinned) == f"fr@2~{store.manifest('fr').digest}*0.5"
+    assert (await admission.pin(Composition.parse("fr@1"))).abilities[0].version == 1
+    assert await admission.pin(pinned) == pinned
+
+
+async def test_a_new_version_is_another_composition(admission: Admission, store: Store, tiny_llama: Path) -> None:
+    before = await admission.pin(Composition.parse("fr"))
+    publish_random(store, tiny_llama, "fr", seed=3, version=3)
+    assert await admission.pin(Composition.parse("fr")) != before
+    assert await admission.pin(before) == before
+
+
+async def test_unknown_abilities_versions_and_contents(admission: Admission) -> None:
+    for text in ("es", "fr@3", "fr@1~0123456789ab"):
+        with pytest.raises(UnknownAbilityError):
+            await admission.pin(Composition.parse(text))
+
+
+async def test_another_base_is_refused(store: Store, tiny_qwen: Path) -> None:
+    with pytest.raises(BaseMismatchError, match="Qwen2ForCausalLM"):
+        await Admission(store, fingerprint_model(tiny_qwen)).pin(Composition.parse("fr"))
+
+
+async def test_modules_the_engine_cannot_change_are_refused(store: Store, tiny_llama: Path) -> None:
+    modules = modules_of(tiny_llama)
+    missing = {name: shape for name, shape in modules.items() if "up_proj" not in name}
+    with pytest.raises(BaseMismatchError, match="no delta layer for"):
+        await Admission(store, fingerprint_model(tiny_llama), missing).pin(Composition.parse("fr"))
+    wider = {name: ModuleShape(shape.out_features, shape.in_features + 1) for name, shape in modules.items()}
+    with pytest.raises(BaseMismatchError, match="in the served model"):
+        await Admission(store, fingerprint_model(tiny_llama), wider).pin(Composition.parse("fr"))
+
+
+async def test_damage_is_found_and_the_other_version_still_serves(admission: Admission, store: Store) -> None:
+    path = store.path("fr", 2) / TENSORS_FILE
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ArtifactDamagedError):
+        await admission.pin(Composition.parse("fr"))
+    assert (await admission.pin(Composition.parse("fr@1"))).pinned
+
+
+def test_model_names() -> None:
+    assert split_model("smol:fr*0.5", ["smol"]) == Composition.parse("fr*0.5")
+    assert split_model("smol:", ["smol"]) == Composition()
+    assert split_model("smol", ["smol"]) is None
+    assert split_model("other:fr", ["smol"]) is None
+    with pytest.raises(RequestError):
+        split_model("smol:fr+", ["smol"])

@@ -1,0 +1,82 @@
+"""vLLM's app with abilities, in this process and through ASGI, with room for two abilities of four."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from act_serve.abilities.store import Store
+from act_serve.delta.manifest import TENSORS_FILE
+from act_serve.engine.settings import MODEL_HEADER, EngineSettings
+from tests.abilities_for_tests import merged_model, pinned, publish_random
+
+pytestmark = pytest.mark.slow
+ROOM = 2
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture
+async def client(base: Path, tmp_path: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Any, Store]]:
+    from act_serve.engine.app import engine_app
+
+    store = Store(tmp_path / "store")
+    for number in range(4):
+        publish_random(store, base, f"r{number}", seed=number)
+    counts = store.manifest("r0").counts
+    settings = EngineSettings(
+        model=str(base),
+        served_model_name="smol",
+        store=store.root,
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=8,
+        max_resident_bytes=ROOM * (counts.parameters * 4 + counts.channels * 8),
+    )
+    async with engine_app(settings) as app:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=300) as http:
+            yield http, app, store
+
+
+async def complete(http: httpx.AsyncClient, store: Store, text: str) -> httpx.Response:
+    model = f"smol:{pinned(store, text)}" if text else "smol"
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+    return await http.post("/v1/completions", json=body, headers={MODEL_HEADER: model})
+
+
+async def test_more_abilities_than_room(client: tuple[httpx.AsyncClient, Any, Store], base: Path) -> None:
+    http, app, store = client
+    texts = ["", "r0", "r1", "r2+r3*0.5", "r3", "r0*0.5+r2"] * 4
+    replies = await asyncio.gather(*(complete(http, store, text) for text in texts))
+    seats = app.state.compositions.seats
+    assert seats.bytes <= seats.max_bytes
+    prompt = AutoTokenizer.from_pretrained(base)(PROMPT)["input_ids"]
+    answers = {}
+    for text, reply in zip(texts, replies, strict=True):
+        assert reply.status_code == 200, reply.text
+        tokens = reply.json()["choices"][0]["token_ids"]
+        assert answers.setdefault(text, tokens) == tokens
+    for text, tokens in answers.items():
+        with torch.inference_mode():
+            logits = merged_model(base, store, text)(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == tokens, text
+
+    too_many = await complete(http, store, "r0+r1+r2")
+    assert too_many.status_code == 400
+    assert "max_resident_bytes" in too_many.text
+
+    damaged = store.path("r1", 1) / TENSORS_FILE
+    publish_random(store, base, "r1", seed=9, version=2)
+    (store.path("r1", 2) / TENSORS_FILE).write_bytes(damaged.read_bytes())
+    refused = await complete(http, store, "r1")
+    assert refused.status_code == 422
+    assert "sha256" in refused.json()["error"]["message"]
+    assert (await complete(http, store, "r1@1")).status_code == 200
+    assert (await complete(http, store, "")).status_code == 200

@@ -1,0 +1,133 @@
+"""Loading, packing, evicting and applying abilities, against dense arithmetic, without an engine."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from act_serve.delta.artifact import ModuleDelta
+from act_serve.delta.fit import ModuleShape
+from act_serve.engine.batch import BatchTable
+from act_serve.engine.layers import DeltaLayer
+from act_serve.engine.plan import LayerPlan, Part
+from act_serve.engine.residents import AbilityKey, ResidentAbilities
+from act_serve.errors import EngineError
+from act_serve.kernels.dispatch import choose_add_rows
+
+IN, OUT = 12, {"q": 10, "k": 6}
+
+
+class Bench:
+    """One fused layer of two modules, with as many abilities as asked for, and the dense truth beside it."""
+
+    def __init__(self, abilities: int, max_bytes: int) -> None:
+        self.batch = BatchTable()
+        add_rows = choose_add_rows(torch.device("cpu"), torch.float32)
+        self.layer = DeltaLayer("layer", self.batch, IN, torch.empty(0), add_rows)
+        shapes = {name: ModuleShape(size, IN, bias=True) for name, size in OUT.items()}
+        parts = (Part("q", shapes["q"], range(10), 0), Part("k", shapes["k"], range(6), 10))
+        linear: Any = SimpleNamespace(input_size=IN)
+        plans = [LayerPlan("layer", linear, parts, slice(None), adds_bias=True)]
+        self.residents = ResidentAbilities(plans, [self.layer], max_bytes)
+        self.keys = [AbilityKey(f"a{i}", 1, "0" * 12) for i in range(abilities)]
+        self.modules = {key: self._random() for key in self.keys}
+
+    def _random(self) -> dict[str, ModuleDelta]:
+        modules = {}
+        for name, size in OUT.items():
+            rows = torch.randperm(size)[: random.randint(1, size)].sort().values.int()
+            bias = torch.randn(len(rows)) if random.random() < 0.5 else None
+            modules[name] = ModuleDelta(rows, torch.randn(len(rows), IN), bias)
+        return modules
+
+    def dense(self, key: AbilityKey) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias = torch.zeros(16, IN), torch.zeros(16)
+        for start, name in ((0, "q"), (10, "k")):
+            module = self.modules[key][name]
+            weight[module.rows.long() + start] = module.delta
+            if module.bias_delta is not None:
+                bias[module.rows.long() + start] = module.bias_delta
+        return weight, bias
+
+    def step(self, compositions: dict[int, dict[AbilityKey, float]], ids_T: list[int]) -> None:
+        """Runs one step as the manager does, and compares."""
+        keys = {key for i in ids_T if i for key in compositions[i]}
+        for key in keys:
+            if key not in self.residents:
+                self.residents.load(key, self.modules[key], keys)
+        self.batch.clear()
+        if keys:
+            packed = self.residents.activate(keys)
+            weights = {i: [compositions[i].get(key, 0.0) for key in packed] for i in set(ids_T) if i}
+            self.batch.fill(tuple(ids_T), weights, len(packed))
+        x_TI, y_TO = torch.randn(len(ids_T), IN), torch.randn(len(ids_T), 16)
+        expected = y_TO.clone()
+        for t, i in enumerate(ids_T):
+            for key, weight in compositions.get(i, {}).items():
+                dense, bias = self.dense(key)
+                expected[t] += weight * (dense @ x_TI[t] + bias)
+        if self.batch.active:
+            self.layer.add(x_TI, y_TO)
+        assert torch.allclose(y_TO, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_traffic_equals_dense_arithmetic(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+    bench = Bench(abilities=8, max_bytes=5 * 16 * (IN * 4 + 12))
+    for _ in range(60):
+        compositions = {
+            i: {key: random.choice([1.0, 0.5, -1.0]) for key in random.sample(bench.keys, random.randint(1, 2))}
+            for i in (1, 2)
+        }
+        bench.step(compositions, [random.randint(0, 2) for _ in range(random.randint(1, 9))])
+    assert len(bench.residents) <= 8
+
+
+def test_padding_tokens_get_nothing() -> None:
+    bench = Bench(abilities=1, max_bytes=1 << 20)
+    bench.step({1: {bench.keys[0]: 1.0}}, [1, 1])
+    y_TO = torch.zeros(5, 16)
+    bench.layer.add(torch.randn(5, IN), y_TO)
+    assert not torch.equal(y_TO[:2], torch.zeros(2, 16))
+    assert torch.equal(y_TO[2:], torch.zeros(3, 16))
+
+
+def test_one_copy_per_ability() -> None:
+    bench = Bench(abilities=6, max_bytes=1 << 20)
+    for key in bench.keys:
+        bench.residents.load(key, bench.modules[key])
+    storage = bench.layer.packed.delta_NI.untyped_storage().data_ptr()
+    assert all(s.delta.untyped_storage().data_ptr() == storage for s in bench.layer.segments)
+
+
+def test_least_recently_used_idle_abilities_leave_first() -> None:
+    bench = Bench(abilities=4, max_bytes=1 << 20)
+    one, two, three, four = bench.keys
+    for key in (one, two, three):
+        bench.residents.load(key, bench.modules[key])
+    bench.residents.activate([one])
+    sizes = {key: bench.residents._bytes[key] for key in (one, two, three)}
+    bench.residents._max_bytes = bench.residents.bytes  # full: whatever comes next must push something out
+    bench.modules[four] = {"k": ModuleDelta(torch.tensor([1], dtype=torch.int32), torch.randn(1, IN))}
+    bench.residents.load(four, bench.modules[four], in_use={two})
+    assert two in bench.residents
+    assert one in bench.residents
+    assert three not in bench.residents
+    assert bench.residents.bytes <= sum(sizes.values())
+
+
+def test_what_does_not_fit_the_budget_or_the_model_is_refused() -> None:
+    bench = Bench(abilities=2, max_bytes=100)
+    with pytest.raises(EngineError, match="raise max_resident_bytes"):
+        bench.residents.load(bench.keys[0], bench.modules[bench.keys[0]])
+    bench = Bench(abilities=1, max_bytes=1 << 20)
+    lost = ModuleDelta(torch.tensor([3, 10], dtype=torch.int32), torch.randn(2, IN))
+    with pytest.raises(EngineError, match="only 1 of 2 rows"):
+        bench.residents.load(bench.keys[0], {"q": lost})
+    assert len(bench.residents) == 0

@@ -1,0 +1,122 @@
+"""The budget of resident abilities: never exceeded, never unfair, never stuck."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping
+
+import pytest
+
+from act_serve.engine.seats import Seats
+from act_serve.errors import EngineError, RequestError
+
+
+class Engine:
+    """Counts what is resident, as the worker would."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.seats = Seats(max_bytes, self.evict)
+        self.loads: list[str] = []
+        self.evicted: list[str] = []
+
+    async def evict(self, key: str) -> None:
+        await asyncio.sleep(0)
+        self.evicted.append(key)
+
+    async def run(self, sizes: Mapping[str, int], until: asyncio.Event | None = None, fail: bool = False) -> None:
+        async def load() -> None:
+            await asyncio.sleep(0.001)
+            if fail:
+                raise EngineError("damaged")
+            self.loads += [key for key in sizes if key not in self.seats]
+
+        await self.seats.take(sizes, load)
+        try:
+            assert self.seats.bytes <= self.seats.max_bytes
+            assert all(key in self.seats for key in sizes)
+            await (until.wait() if until else asyncio.sleep(0))
+            assert all(key in self.seats for key in sizes)
+        finally:
+            self.seats.leave(sizes)
+
+
+async def test_one_load_for_many_requests_that_wait() -> None:
+    engine = Engine(10)
+    await asyncio.gather(*(engine.run({"a": 4}) for _ in range(50)))
+    assert engine.loads == ["a"]
+
+
+async def test_resident_abilities_do_not_queue_behind_a_load() -> None:
+    engine, busy = Engine(10), asyncio.Event()
+    holder = asyncio.create_task(engine.run({"a": 6}, busy))
+    await asyncio.sleep(0.01)
+    waiter = asyncio.create_task(engine.run({"b": 4, "c": 6}))  # needs the room of a
+    await asyncio.sleep(0.01)
+    assert not waiter.done()
+    busy.set()
+    await asyncio.wait_for(asyncio.gather(holder, waiter), 1)
+    assert engine.evicted == ["a"]
+
+
+async def test_a_steady_stream_cannot_starve_a_newcomer() -> None:
+    engine = Engine(10)
+    stop = asyncio.Event()
+
+    async def stream() -> None:
+        while not stop.is_set():
+            await engine.run({"hot": 10})
+
+    streams = [asyncio.create_task(stream()) for _ in range(4)]
+    await asyncio.sleep(0.01)
+    await asyncio.wait_for(engine.run({"cold": 10}), 1)
+    stop.set()
+    await asyncio.wait_for(asyncio.gather(*streams), 1)
+
+
+async def test_a_failed_load_fails_its_request_alone() -> None:
+    engine = Engine(10)
+    with pytest.raises(EngineError, match="damaged"):
+        await engine.run({"bad": 4}, fail=True)
+    assert "bad" not in engine.seats
+    await asyncio.wait_for(engine.run({"good": 10}), 1)
+
+
+async def test_more_than_the_whole_budget_is_refused_at_once() -> None:
+    engine = Engine(10)
+    await engine.run({"a": 4})
+    with pytest.raises(RequestError, match="raise max_resident_bytes"):
+        await engine.run({"b": 6, "c": 6})
+    assert "a" in engine.seats
+
+
+async def test_a_client_that_stops_waiting_leaves_nothing_closed() -> None:
+    engine, busy = Engine(10), asyncio.Event()
+    holder = asyncio.create_task(engine.run({"a": 10}, busy))
+    await asyncio.sleep(0.01)
+    waiter = asyncio.create_task(engine.run({"b": 10}))
+    await asyncio.sleep(0.01)
+    waiter.cancel()
+    await asyncio.gather(waiter, return_exceptions=True)
+    await asyncio.wait_for(engine.run({"a": 10}), 1)  # joins while the holder still runs
+    busy.set()
+    await holder
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_random_traffic_ends(seed: int) -> None:
+    chance = random.Random(seed)
+    engine = Engine(20)
+
+    async def request() -> None:
+        await asyncio.sleep(chance.random() * 0.02)
+        await engine.run(
+            {key: 4 + len(key) for key in chance.sample(["a", "bb", "ccc", "d", "ee"], chance.randint(1, 2))}
+        )
+
+    requests = [asyncio.create_task(request()) for _ in range(100)]
+    for task in chance.sample(requests, 20):
+        task.cancel()
+    results = await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), 20)
+    assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results)
+    assert engine.seats.bytes <= 20

@@ -1,0 +1,33 @@
+"""Only answer tokens count, and a prompt is encoded as a chat server encodes it."""
+
+import pytest
+import torch
+
+from act_serve.models.examples import Encoded, Example, batches, collate, encode
+from tests.tiny_models import make_tokenizer
+
+
+def test_answer_positions() -> None:
+    tokenizer = make_tokenizer()
+    item = encode(tokenizer, Example("hi", "ok"))
+    text = tokenizer.decode(item.ids[: item.answer_start])
+    assert text.replace(" ", "") == "<s>user:hi</s><s>assistant:"
+    assert tokenizer.decode(item.ids[item.answer_start :]) == "ok</s>"
+    batch = collate([item, encode(tokenizer, Example("a longer question", "x"))], pad_id=2)
+    assert batch.targets_N.tolist() == [*item.ids[item.answer_start :], *tokenizer("x")["input_ids"], 2]
+
+
+def test_plain_text_counts_all_but_its_first_token() -> None:
+    item = encode(make_tokenizer(), Example(None, "abc"))
+    assert (item.answer_start, item.answer_tokens) == (1, 2)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_batches_hold_every_item_once(size: int) -> None:
+    items = [Encoded(tuple(range(length)), 1) for length in (5, 2, 9, 4, 3)]
+    seen = [int(mask.sum()) for batch in batches(items, size, 0) for mask in batch.mask_BT]
+    assert sorted(seen) == [2, 3, 4, 5, 9]
+    assert all(
+        torch.equal(batch.mask_BT.sum(1).max(), torch.tensor(batch.ids_BT.shape[1]))
+        for batch in batches(items, size, 0)
+    )

@@ -1,0 +1,33 @@
+"""The shapes derived from a config are those of the real modules."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from act_serve.errors import ModelError
+from act_serve.models.families import channel_modules, layer_and_projection
+from tests.tiny_models import make_llama, make_qwen
+
+
+@pytest.mark.parametrize("make", [make_llama, make_qwen])
+def test_shapes(tmp_path: Path, make: type) -> None:
+    folder = make(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    modules = channel_modules(folder)
+    assert len(modules) == 7 * model.config.num_hidden_layers
+    for module in modules:
+        assert model.get_submodule(module.name).weight.shape == (module.out_features, module.in_features)
+
+
+def test_names() -> None:
+    assert layer_and_projection("model.layers.12.self_attn.q_proj") == (12, "q_proj")
+    with pytest.raises(ModelError):
+        layer_and_projection("lm_head")
+
+
+def test_unknown_family(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(ModelError, match="mamba"):
+        channel_modules(tmp_path)

@@ -1,0 +1,102 @@
+"""What is tested was never trained on, and missing data says what to do."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from act_serve.errors import DataError
+from act_serve.models.examples import Example
+from act_serve.pipeline.datasets import debian_package, libreoffice_help
+from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples, read_examples, write_examples
+from act_serve.pipeline.datasets.order_notes import order_notes
+from act_serve.profile.schema import Data
+
+FIELDS = ("buyer", "city", "item", "date")
+
+
+def orders(split: str, count: int) -> list[dict[str, str]]:
+    return [json.loads(example.answer) for example in order_notes(split, count, 0)]
+
+
+def test_no_test_word_was_trained_on() -> None:
+    train, test = orders("train", 4000), orders("test", 400)
+    for field in FIELDS:
+        seen, asked = ({order[field] for order in part} for part in (train, test))
+        assert len(asked) > 50
+        assert not seen & asked
+    nouns = {order["item"].split()[-1] for order in train}
+    assert not nouns & {order["item"].split()[-1] for order in test}
+
+
+def test_every_note_says_its_order() -> None:
+    for example in order_notes("test", 100, 1):
+        order = json.loads(example.answer)
+        assert example.prompt is not None
+        for field in ("buyer", "city", "item"):
+            assert order[field].lower() in example.prompt.lower()
+        assert order["date"][:4] in example.prompt
+
+
+def test_same_seed_same_data() -> None:
+    assert examples_hash(order_notes("train", 50, 3)) == examples_hash(order_notes("train", 50, 3))
+    assert examples_hash(order_notes("train", 50, 3)) != examples_hash(order_notes("train", 50, 4))
+
+
+def help_folder(root: Path, pages: int) -> None:
+    for language, word in (("en-US", "window"), ("fr", "fenêtre")):
+        folder = root / libreoffice_help.HELP / language / "text"
+        folder.mkdir(parents=True)
+        for page in range(pages):
+            mark = "x" * (page % 7 + 1) + f" {chr(97 + page % 26)}"
+            said = (
+                f"Cette {word} affiche {mark} aussitôt." if language == "fr" else f"The {word} <b>shows</b> {mark} now."
+            )
+            own = f'<p id="par_id1">{said}</p>'
+            same = '<p id="par_id2">Same text in both of these languages</p>'
+            (folder / f"{page}.html").write_text(f"<html><body>{own}{same}</body></html>", encoding="utf-8")
+
+
+def test_parallel_paragraphs_are_aligned_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    help_folder(tmp_path, 80)
+    monkeypatch.setenv(debian_package.FOLDER_VARIABLE, str(tmp_path))
+    libreoffice_help._pairs.cache_clear()
+    try:
+        found = {split: load_examples(Data(maker="libreoffice_help"), split, 999, 0) for split in ("train", "test")}
+    finally:
+        libreoffice_help._pairs.cache_clear()
+    answers = {split: {example.answer for example in examples} for split, examples in found.items()}
+    assert not answers["train"] & answers["test"]
+    assert all(answer.startswith("Cette fenêtre affiche") for answer in answers["train"])
+    assert all((example.prompt or "").startswith("Translate to French: The window") for example in found["test"])
+
+
+def test_off_debian_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACT_SERVE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DataError, match=debian_package.FOLDER_VARIABLE):
+        debian_package.unpacked_package("no-such-package", "usr/share/no-such-package")
+    assert not list((tmp_path / "datasets").glob(".*.tmp"))
+
+
+def test_jsonl_goes_round(tmp_path: Path) -> None:
+    examples = [Example("é?", "oui"), Example(None, "plain text")]
+    write_examples(tmp_path / "a.jsonl", examples)
+    assert read_examples(tmp_path / "a.jsonl") == examples
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "x"}', "3"])
+def test_bad_line_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:2"):
+        read_examples(tmp_path / "a.jsonl")
+
+
+def test_unknown_maker_option_and_empty_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="known: libreoffice_help"):
+        load_examples(Data(maker="nothing"), "train", 1, 0)
+    with pytest.raises(DataError, match="no option colour"):
+        load_examples(Data(maker="order_notes", options={"colour": 1}), "train", 1, 0)
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(DataError, match="no test examples"):
+        load_examples(Data(test=str(tmp_path / "a.jsonl")), "test", 1, 0)

@@ -1,0 +1,82 @@
+"""A merged checkpoint is the base with the deltas added, and loads in transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from act_serve.abilities.store import Store
+from act_serve.delta.artifact import ModuleDelta, serialize_modules, write_artifact
+from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.errors import BaseMismatchError, ModelError, UnknownAbilityError
+from act_serve.pipeline.compose import artifacts_of, score_composition
+from act_serve.pipeline.datasets.catalogue import Example
+from act_serve.pipeline.export import export_hf
+from tests.abilities_for_tests import manifest_for
+from tests.tiny_models import make_llama, make_qwen
+
+UP = "model.layers.0.mlp.up_proj"
+KEY = "model.layers.0.self_attn.k_proj"
+
+
+def publish(store: Path, base: Path, name: str, deltas: dict[str, ModuleDelta]) -> Path:
+    tensors = serialize_modules(deltas)
+    manifest = manifest_for(base, name, 1, deltas, tensors)
+    return write_artifact(Store(store).path(name, 1), manifest, tensors)
+
+
+def delta(rows: list[int], *, bias: bool = False) -> ModuleDelta:
+    values = torch.randn(len(rows), 33, generator=torch.Generator().manual_seed(len(rows))).bfloat16()
+    return ModuleDelta(torch.tensor(rows, dtype=torch.int32), values[:, :32], values[:, 32] if bias else None)
+
+
+def test_weighted_sum_on_shared_rows_and_biases(tmp_path: Path) -> None:
+    base = make_qwen(tmp_path / "base")
+    one, two = {UP: delta([1, 4]), KEY: delta([0, 3, 9], bias=True)}, {UP: delta([4, 9, 60])}
+    publish(tmp_path / "store", base, "one", one)
+    publish(tmp_path / "store", base, "two", two)
+    chosen = artifacts_of("one+two*0.5", tmp_path / "store")
+    folder = export_hf(base=base, abilities=chosen, folder=tmp_path / "merged", dtype="float32")
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    for deltas, weight in ((one, 1.0), (two, 0.5)):
+        for name, given in deltas.items():
+            before[f"{name}.weight"][given.rows.long()] += weight * given.delta.float()
+            if given.bias_delta is not None:
+                before[f"{name}.bias"][given.rows.long()] += weight * given.bias_delta.float()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_dtype_is_the_base_s_and_the_folder_is_new(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    folder = export_hf(base=base, abilities=[], folder=tmp_path / "merged")
+    assert fingerprint_model(folder) == fingerprint_model(base)
+    with pytest.raises(ModelError, match="exists already"):
+        export_hf(base=base, abilities=[], folder=folder)
+
+
+def test_other_base_is_refused(tmp_path: Path) -> None:
+    base, other = make_llama(tmp_path / "base"), make_llama(tmp_path / "other", seed=1)
+    artifact = publish(tmp_path / "store", base, "one", {UP: delta([1, 4])})
+    with pytest.raises(BaseMismatchError):
+        export_hf(base=other, abilities=[(artifact, 1.0)], folder=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_scores_of_a_composition_equal_those_of_its_export(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    publish(tmp_path / "store", base, "one", {UP: delta(list(range(0, 64, 3)))})
+    chosen = artifacts_of("one*6", tmp_path / "store")
+    merged = export_hf(base=base, abilities=chosen, folder=tmp_path / "merged")
+    examples, store = [Example("hello", "there you are")], tmp_path / "store"
+    metrics = ("nll", "chrf")
+    added = score_composition(base=str(base), composition="one*6", store=store, examples=examples, metrics=metrics)
+    whole = score_composition(base=str(merged), composition="", store=store, examples=examples, metrics=metrics)
+    plain = score_composition(base=str(base), composition="", store=store, examples=examples, metrics=metrics)
+    assert added["nll"] == pytest.approx(whole["nll"], abs=0.02)
+    assert abs(plain["nll"] - added["nll"]) > 0.1
+    with pytest.raises(UnknownAbilityError):
+        artifacts_of("none", store)

@@ -1,0 +1,104 @@
+"""Only the given rows are trained, and adding them to outputs is the same as adding them to weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from act_serve.delta.artifact import ModuleDelta
+from act_serve.errors import BuildError
+from act_serve.models.answering import answer_logits
+from act_serve.models.examples import Encoded, Example, collate
+from act_serve.models.loading import load_model
+from act_serve.models.row_delta import RowDeltas
+from act_serve.pipeline.finetune import Lessons, finetune
+from act_serve.pipeline.training import Schedule, optimise
+from act_serve.profile.schema import FineTune, Retention
+from tests.tiny_models import make_llama, make_qwen
+
+UP = "model.layers.0.mlp.up_proj"
+KEY = "model.layers.0.self_attn.k_proj"
+LESSONS = [Example("say", "abcabcabcabc")]
+
+
+def delta(rows: list[int], width: int = 32, *, bias: bool = False) -> ModuleDelta:
+    draw = torch.Generator().manual_seed(1)
+    values = 0.3 * torch.randn(len(rows), width + 1, generator=draw)
+    return ModuleDelta(torch.tensor(rows, dtype=torch.int32), values[:, :width], values[:, width] if bias else None)
+
+
+def silent(_done: int, _total: int, _remark: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5, -0.25])
+def test_outputs_equal_those_of_changed_weights(tmp_path: Path, weight: float) -> None:
+    folder = make_qwen(tmp_path / "model")
+    deltas = {UP: delta([0, 5, 63]), KEY: delta([1, 15], bias=True)}
+    model, merged = load_model(folder, dtype="float32"), load_model(folder, dtype="float32")
+    for name, given in deltas.items():
+        merged.get_submodule(name).weight[given.rows.long()] += weight * given.delta
+        if given.bias_delta is not None:
+            merged.get_submodule(name).bias[given.rows.long()] += weight * given.bias_delta
+    batch = collate([Encoded(tuple(range(20, 40)), 1), Encoded((9, 8, 7), 2)], 2)
+    rows = RowDeltas(deltas, weight)
+    plain = answer_logits(model, batch)
+    with rows.attached(model):
+        torch.testing.assert_close(answer_logits(model, batch), answer_logits(merged, batch), rtol=1e-4, atol=1e-5)
+        with rows.bare():
+            assert torch.equal(answer_logits(model, batch), plain)
+    assert torch.equal(answer_logits(model, batch), plain)
+    assert not torch.allclose(answer_logits(merged, batch), plain)
+
+
+def test_rows_learn(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    losses: list[str] = []
+    settings = FineTune(steps=40, batch_size=1, learning_rate=3e-2)
+    given = {UP: delta(list(range(32))), KEY: delta(list(range(16)))}
+    tuned = finetune(
+        base=base,
+        deltas=given,
+        lessons=Lessons(LESSONS, []),
+        settings=settings,
+        seed=0,
+        report=lambda _done, _total, remark: losses.append(remark),
+    )
+    assert float(losses[-1].split()[1]) < 0.7 * float(losses[0].split()[1])
+    assert tuned.keys() == given.keys()
+    assert all(torch.equal(tuned[name].rows, given[name].rows) for name in given)
+    assert all(not torch.equal(tuned[name].delta, given[name].delta) for name in given)
+
+
+def test_retention_pulls_back_to_the_base(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    size = {}
+    for weight in (0.0, 100.0):
+        tuned = finetune(
+            base=base,
+            deltas={UP: delta(list(range(32)))},
+            lessons=Lessons(LESSONS, [Example("say", "abcabcabcabc")]),
+            settings=FineTune(
+                steps=20,
+                batch_size=1,
+                learning_rate=1e-2,
+                retention=Retention(weight=weight, items_per_step=1),
+            ),
+            seed=0,
+            report=silent,
+        )
+        size[weight] = float(tuned[UP].delta.norm())
+    assert size[100.0] < size[0.0]
+
+
+def test_loss_that_explodes_is_an_error() -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(BuildError, match="learning rate"):
+        optimise([parameter], lambda: torch.tensor(float("nan")), Schedule(3, 1.0), silent)
+
+
+def test_schedule_warms_up_and_falls() -> None:
+    rates = [Schedule(100, 1.0).rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 8)
+    assert max(rates) == rates[7]
+    assert 0.04 < rates[-1] < 0.07

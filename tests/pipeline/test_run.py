@@ -1,0 +1,152 @@
+"""A whole build on a tiny pair: published, resumed, refused when it costs too much."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from act_serve.abilities.store import Store
+from act_serve.delta.artifact import read_artifact
+from act_serve.errors import BuildError, PairMismatchError, RetentionError
+from act_serve.models.answering import answers
+from act_serve.models.examples import Example
+from act_serve.models.loading import load_model, load_tokenizer
+from act_serve.pipeline import run as line
+from act_serve.pipeline.progress import Screen
+from act_serve.profile.load import load_profile
+from tests.tiny_models import make_llama, plant
+
+P = 0.125
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> dict[str, list[int]]:
+    base = make_llama(tmp_path / "base")
+    return plant(base, tmp_path / "source", p=P, scale=0.3)
+
+
+def profile_file(folder: Path, **changes: Any) -> Path:
+    for name, texts in {"ability": "abcde", "other": "vwxyz"}.items():
+        lines = [json.dumps({"prompt": f"say {letter}", "answer": letter * 12}) for letter in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    data = {"train": "ability.jsonl", "test": "ability.jsonl"}
+    other = {"train": "other.jsonl", "test": "other.jsonl"}
+    content = {
+        "name": "demo",
+        "description": "A demonstration.",
+        "license": "Apache-2.0",
+        "base": str(folder / "base"),
+        "source": {"model": str(folder / "source")},
+        "data": data,
+        "localize": {"p": P, "calibration_items": 5},
+        "finetune": {"steps": 3, "batch_size": 2, "items": 5, "retention": {"items_per_step": 1}},
+        "score": [
+            {"name": "demo_nll", "metric": "nll", "items": 5, "data": data},
+            {"name": "demo_exact", "metric": "exact_match", "items": 5, "max_new_tokens": 4, "data": data},
+        ],
+        "retain": [{"name": "other", "metric": "nll", "items": 5, "max_drop": 1.0, "data": other}],
+        **changes,
+    }
+    path = folder / "demo.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def build(folder: Path, path: Path) -> tuple[Path, str]:
+    said = io.StringIO()
+    screen = Screen(Console(file=said, width=140))
+    artifact = line.build(load_profile(path), store=Store(folder / "store"), work=folder / "work", screen=screen)
+    return artifact, said.getvalue()
+
+
+def test_build_publishes_the_planted_rows(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    artifact, said = build(tmp_path, profile_file(tmp_path))
+    assert artifact == tmp_path / "store" / "demo" / "1"
+    manifest, deltas = read_artifact(artifact)
+    hits = sum(len(set(rows) & set(deltas[name].rows.tolist())) for name, rows in pair.items())
+    assert hits / sum(map(len, pair.values())) >= 0.95
+    assert manifest.localization.fine_tune_steps == 3
+    scores = {score.task: score for score in manifest.scores}
+    assert set(scores) == {"demo_nll", "demo_exact", "other"}
+    assert scores["other"].retained
+    assert not scores["demo_nll"].retained
+    assert abs(scores["demo_nll"].transfer - scores["demo_nll"].source) < abs(
+        scores["demo_nll"].base - scores["demo_nll"].source
+    )
+    evaluation = json.loads((artifact / "evaluation.json").read_text())
+    assert evaluation["composed_with"] == {}
+    for word in ("transfer", "finetune", "memory", "published"):
+        assert word in said
+
+
+def test_second_build_keeps_every_stage_and_counts_up(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    path = profile_file(tmp_path)
+    first, _ = build(tmp_path, path)
+    second, said = build(tmp_path, path)
+    assert said.count("kept from an earlier run") == said.count("✓") == 8
+    assert second.name == "2"
+    assert read_artifact(first)[0].tensors_sha256 == read_artifact(second)[0].tensors_sha256
+
+
+def test_interrupted_build_goes_on(tmp_path: Path, pair: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = profile_file(tmp_path)
+
+    def fails(**_: Any) -> None:
+        raise BuildError("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(line, "finetune", fails)
+        with pytest.raises(BuildError):
+            build(tmp_path, path)
+    assert not (tmp_path / "store").exists()
+    assert not list((tmp_path / "work").glob(".*"))
+    _, said = build(tmp_path, path)
+    kept = [text.split()[1] for text in said.splitlines() if "kept from" in text]
+    assert kept == ["calibrate", "localize", "transfer"]
+
+
+def test_changed_setting_repeats_only_what_depends_on_it(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    build(tmp_path, profile_file(tmp_path))
+    _, said = build(tmp_path, profile_file(tmp_path, transfer={"strength": 0.5}))
+    kept = [text.split()[1] for text in said.splitlines() if "kept from" in text]
+    assert kept == ["calibrate", "localize", "evaluate-base", "evaluate-source"]
+
+
+def test_neighbours_are_measured_together(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    build(tmp_path, profile_file(tmp_path, name="first"))
+    artifact, _ = build(tmp_path, profile_file(tmp_path))
+    together = json.loads((artifact / "evaluation.json").read_text())["composed_with"]
+    assert together.keys() == {"first@1"}
+    assert together["first@1"].keys() == {"demo_nll", "demo_exact", "other"}
+
+
+def test_costly_ability_is_not_published(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    base = tmp_path / "base"
+    prompt = Example("say something", "")
+    # What the base itself says is what any change makes less likely.
+    said = answers(load_model(base), load_tokenizer(base), [prompt], max_new_tokens=20)[0]
+    (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": prompt.prompt, "answer": said}))
+    own = {"train": "own.jsonl", "test": "own.jsonl"}
+    retain = [{"name": "own", "metric": "nll", "items": 1, "max_drop": 0.03, "data": own}]
+    path = profile_file(tmp_path, transfer={"strength": 2.0}, finetune={"steps": 0}, retain=retain)
+    with pytest.raises(RetentionError, match=r"own \(nll\) went from"):
+        build(tmp_path, path)
+    assert not (tmp_path / "store").exists()
+
+
+def test_pair_that_does_not_fit(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    make_llama(tmp_path / "wide", hidden=64)
+    with pytest.raises(PairMismatchError, match="hidden_size"):
+        build(tmp_path, profile_file(tmp_path, source={"model": str(tmp_path / "wide")}))
+
+
+def test_source_trained_by_the_build(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    train = {"train": {"items": 5, "steps": 3, "batch_size": 2}}
+    artifact, said = build(tmp_path, profile_file(tmp_path, source=train))
+    assert "train the ability model densely, 3 steps" in said
+    assert (tmp_path / "work" / "source" / "model" / "config.json").exists()
+    assert read_artifact(artifact)[0].source_fingerprint is not None

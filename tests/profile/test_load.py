@@ -1,0 +1,69 @@
+"""A profile that is wrong says where and why; the shipped ones are right."""
+
+from pathlib import Path
+
+import pytest
+
+from act_serve.errors import ProfileError
+from act_serve.profile.load import load_profile
+
+GOOD = """\
+name: demo
+description: A demonstration.
+license: Apache-2.0
+data: {train: train.jsonl, test: test.jsonl}
+source: {model: ../source}
+localize:
+  p: 0.1
+score:
+  - {name: demo_nll, metric: nll, data: {test: test.jsonl}}
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "demo.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_files_are_relative_to_the_profile(tmp_path: Path) -> None:
+    profile = load_profile(written(tmp_path, GOOD))
+    assert profile.data.train == str(tmp_path / "train.jsonl")
+    assert profile.score[0].data.test == str(tmp_path / "test.jsonl")
+    assert profile.localize.ranking == "activation_per_module"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("  p: 0.1", "  p: 0", "demo.yaml:7: localize.p: Input should be greater than 0"),
+        ("  p: 0.1", "  pp: 0.1", "demo.yaml:7: localize.pp: unknown key"),
+        ("name: demo", "name: De mo", "demo.yaml:1: name: String should match"),
+        ("description: A demonstration.\n", "", "description: Field required"),
+        ("metric: nll", "metric: bleu", "demo.yaml:9: score.0.metric: Input should be"),
+        ("metric: nll", "metric: language_share", "needs a `language`"),
+        ("{model: ../source}", "{}", "demo.yaml:5: source: give either `model`"),
+        ("{train: train.jsonl, test: test.jsonl}", "{maker: x, test: y}", "demo.yaml:4: data: name either"),
+        ("name: demo", "name: [demo", "demo.yaml:2: not valid YAML"),
+        (GOOD, "- 1", "a profile is a mapping"),
+    ],
+)
+def test_mistakes_name_line_and_field(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert old in GOOD
+    with pytest.raises(ProfileError) as caught:
+        load_profile(written(tmp_path, GOOD.replace(old, new)))
+    assert said in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match="can't be read"):
+        load_profile(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("name", ["fr", "extract"])
+def test_shipped_profiles(name: str) -> None:
+    profile = load_profile(Path(__file__).parents[2] / "profiles" / "abilities" / f"{name}.yaml")
+    assert profile.name == name
+    assert len(profile.exemplars) >= 12
+    assert all(task.items >= 200 for task in (*profile.score, *profile.retain))
+    assert all(task.max_drop <= 0.03 for task in profile.retain)
