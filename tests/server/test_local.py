@@ -98,6 +98,8 @@ def test_modules_are_compiled_once_even_where_sources_stay_clean(
 ) -> None:
     (tmp_path / "vllm.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)  # an imported module would be found first
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("ACT_SERVE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     assert ray_local._bytecode() == {"PYTHONPYCACHEPREFIX": str(tmp_path / "home" / "bytecode")}
