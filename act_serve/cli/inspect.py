@@ -48,7 +48,7 @@ def _facts(manifest: "Manifest") -> list[tuple[str, str]]:
         ("base", f"{manifest.base} ({manifest.base_fingerprint.architecture})"),
         ("source", manifest.source or "-"),
         ("channels", f"{counts.channels:,} in {len(manifest.modules)} modules, {counts.parameters:,} parameters"),
-        ("size", f"{counts.bytes / 1e6:.1f} MB"),
+        ("size", f"{counts.bytes / 1e6:.1f} MB, rows stored as {manifest.stored}"),
         ("localized by", f"{how.ranking}, p = {how.p:g}, λ = {how.strength:g}, seed {how.seed}"),
         ("fine-tuned", f"{how.fine_tune_steps} steps on these rows alone"),
         ("content", manifest.digest),

@@ -5,6 +5,7 @@ Tensors of ``channel_delta.safetensors``, per module of the checkpoint (k change
     <module>.rows        int32 [k]   ascending, unique, in [0, n)
     <module>.delta       [k, d]      what is added to those rows, strength and fine-tuning included
     <module>.bias_delta  [k]         only where the module's bias changes too
+    <module>.scale       fp32 [k]    only in the stored form int8: what a row of <module>.delta, int8, is multiplied by
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from act_serve.delta.manifest import (
     Counts,
     Manifest,
     ModuleEntry,
+    Stored,
     dump_manifest,
     read_manifest,
 )
+from act_serve.delta.stored_form import dequantise, quantise, rounded
 from act_serve.errors import ArtifactDamagedError, StoreError
 
 
@@ -49,14 +52,36 @@ class ModuleDelta:
     bias_delta: torch.Tensor | None = None
 
 
-def serialize_modules(modules: Mapping[str, ModuleDelta]) -> bytes:
-    """The bytes of ``channel_delta.safetensors``; equal deltas give equal bytes."""
+def as_stored(modules: Mapping[str, ModuleDelta], stored: Stored) -> dict[str, ModuleDelta]:
+    """The deltas exactly as :func:`read_artifact` gives them back from an artifact of this form, in bfloat16."""
+    return {
+        name: ModuleDelta(
+            module.rows.to(torch.int32),
+            rounded(module.delta, stored),
+            None if module.bias_delta is None else module.bias_delta.bfloat16(),
+        )
+        for name, module in modules.items()
+    }
+
+
+def serialize_modules(modules: Mapping[str, ModuleDelta], stored: Stored | None = None) -> bytes:
+    """The bytes of ``channel_delta.safetensors``; equal deltas give equal bytes.
+
+    Args:
+        modules: the deltas, in any floating dtype.
+        stored: the form to round them to; None keeps every dtype.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, module in sorted(modules.items()):
+        delta, bias = module.delta, module.bias_delta
+        if stored == "int8":
+            delta, tensors[f"{name}.scale"] = quantise(delta)
+        elif stored is not None:
+            delta = rounded(delta, stored)
         tensors[f"{name}.rows"] = module.rows.to(torch.int32).contiguous()
-        tensors[f"{name}.delta"] = module.delta.contiguous()
-        if module.bias_delta is not None:
-            tensors[f"{name}.bias_delta"] = module.bias_delta.contiguous()
+        tensors[f"{name}.delta"] = delta.contiguous()
+        if bias is not None:
+            tensors[f"{name}.bias_delta"] = (bias if stored is None else bias.bfloat16()).contiguous()
     return save_tensors(tensors, metadata={"format": "pt"})
 
 
@@ -118,6 +143,8 @@ def write_artifact(folder: Path, manifest: Manifest, tensors: bytes, files: Mapp
 def read_artifact(folder: Path, what: str | None = None) -> tuple[Manifest, dict[str, ModuleDelta]]:
     """Reads an artifact and checks everything that can be checked without the base model.
 
+    Rows that are stored as int8 come back in bfloat16.
+
     Args:
         folder: the artifact.
         what: its name in messages, where clients must not learn the folder.
@@ -161,6 +188,11 @@ def check_tensors(manifest: Manifest, data: bytes, *, what: str) -> dict[str, Mo
         bias = tensors.pop(f"{name}.bias_delta", None)
         if rows is None or delta is None or (bias is not None) != entry.bias:
             raise damaged(f"tensors of {name} are missing, or its bias is not as the manifest says")
+        if manifest.stored == "int8":
+            scale = tensors.pop(f"{name}.scale", None)
+            if problem := _quantised_problem(delta, scale, entry):
+                raise damaged(f"{name}: {problem}")
+            delta = dequantise(delta, scale)
         module = ModuleDelta(rows, delta, bias)
         if problem := _problem(module, entry):
             raise damaged(f"{name}: {problem}")
@@ -174,6 +206,16 @@ def check_tensors(manifest: Manifest, data: bytes, *, what: str) -> dict[str, Mo
 
 def _parameters(module: ModuleDelta) -> int:
     return module.delta.numel() + (0 if module.bias_delta is None else module.bias_delta.numel())
+
+
+def _quantised_problem(delta: torch.Tensor, scale: torch.Tensor | None, entry: ModuleEntry) -> str | None:
+    if delta.dtype != torch.int8 or delta.dim() != 2:
+        return f"delta is {delta.dtype} {tuple(delta.shape)}, not int8 ({entry.rows}, {entry.in_features})"
+    if scale is None or scale.dtype != torch.float32 or scale.shape != delta.shape[:1]:
+        return f"its scale is missing or not float32 ({entry.rows},)"
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        return "a scale is not finite and positive"
+    return None
 
 
 def _problem(module: ModuleDelta, entry: ModuleEntry) -> str | None:

@@ -18,6 +18,7 @@ EVALUATION_FILE = "evaluation.json"
 Name = Annotated[str, Field(pattern=rf"^{NAME_PATTERN}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["language", "skill", "other"]
+Stored = Literal["bfloat16", "int8"]
 
 
 class _Strict(BaseModel):
@@ -77,7 +78,7 @@ class ModuleEntry(_Strict):
 
 
 class Counts(_Strict):
-    """Size of the delta: changed channels, changed parameters, bytes of the tensors file."""
+    """Size of the delta: changed channels, changed parameters, bytes of the tensors file (not of memory)."""
 
     channels: PositiveInt
     parameters: PositiveInt
@@ -117,6 +118,7 @@ class Manifest(_Strict):
         exemplars: prompts that should be routed to this ability.
         base: id and fingerprint of the model that the delta fits; ``source`` likewise of the ability model.
         modules: per module of the model, in the checkpoint's names.
+        stored: the form of the rows in the tensors file; int8 comes with a scale per row, and is served in bfloat16.
         tensors_sha256: sha256 of ``channel_delta.safetensors``.
     """
 
@@ -135,6 +137,7 @@ class Manifest(_Strict):
     source_fingerprint: ModelFingerprint | None = None
     localization: Localization
     modules: dict[str, ModuleEntry]
+    stored: Stored = "bfloat16"
     counts: Counts
     tensors_sha256: Sha256
     scores: tuple[Score, ...] = ()

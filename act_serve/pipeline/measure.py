@@ -6,8 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from act_serve.delta.artifact import ModuleDelta
 from act_serve.delta.manifest import Score
 from act_serve.models.loading import load_model, load_tokenizer
@@ -32,24 +30,12 @@ def questions_key(questions: Sequence[Question]) -> list[list[str]]:
     return [[question.task.model_dump_json(), examples_hash(question.examples)] for question in questions]
 
 
-def as_stored(deltas: Deltas) -> dict[str, ModuleDelta]:
-    """The deltas rounded to bfloat16, as the artifact stores them; scores are of these, not of the trained ones."""
-    return {
-        name: ModuleDelta(
-            delta.rows,
-            delta.delta.to(torch.bfloat16),
-            None if delta.bias_delta is None else delta.bias_delta.to(torch.bfloat16),
-        )
-        for name, delta in deltas.items()
-    }
-
-
 def measure(model: Path, deltas: Sequence[Deltas], questions: Sequence[Question]) -> Scores:
-    """Scores the model in a folder with all `deltas` added, rounded as stored."""
+    """Scores the model in a folder with all `deltas` added as they are: give them `as_stored`."""
     loaded, tokenizer = load_model(model), load_tokenizer(model)
     with ExitStack() as stack:
         for delta in deltas:
-            stack.enter_context(RowDeltas(as_stored(delta)).attached(loaded))
+            stack.enter_context(RowDeltas(delta).attached(loaded))
         return evaluate(loaded, tokenizer, questions)
 
 

@@ -28,11 +28,11 @@ class Evidence:
 def publish(
     *, profile: Profile, base: Path, source: Path, deltas: Mapping[str, ModuleDelta], evidence: Evidence, store: Store
 ) -> Path:
-    """Writes the next version of the ability into `store` and returns its folder.
+    """Writes the next version of the ability into `store`, in the profile's stored form, and returns its folder.
 
     Raises StoreError when the store can't be written.
     """
-    tensors = serialize_modules(deltas)
+    tensors = serialize_modules(deltas, profile.stored)
     widths = {module.name: module.out_features for module in channel_modules(base)}
     version = store.next_version(profile.name)
     manifest = Manifest(
@@ -50,6 +50,7 @@ def publish(
         source_fingerprint=fingerprint_model(source),
         localization=_localization(profile, evidence.calibration),
         modules=entries_of(deltas, widths),
+        stored=profile.stored,
         counts=count_modules(deltas, len(tensors)),
         tensors_sha256=hashlib.sha256(tensors).hexdigest(),
         scores=evidence.scores,

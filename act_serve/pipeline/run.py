@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from act_serve.abilities.store import Store
-from act_serve.delta.artifact import read_artifact
+from act_serve.delta.artifact import as_stored, read_artifact
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.errors import RetentionError
 from act_serve.models.examples import Example
@@ -21,7 +21,6 @@ from act_serve.pipeline.localize import localize
 from act_serve.pipeline.measure import (
     Deltas,
     Scores,
-    as_stored,
     load_scores,
     manifest_scores,
     measure,
@@ -79,7 +78,7 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
     transferred = _transferred(job, source, source_key, calibration)
     final = _finetuned(job, transferred)
     evidence = _evidence(job, source, source_key, transferred, final, store, examples_hash(calibration))
-    deltas = as_stored(load_deltas(final.folder))
+    deltas = load_deltas(final.folder)
     folder = publish(profile=profile, base=job.base, source=source, deltas=deltas, evidence=evidence, store=store)
     screen.note(f"published [bold]{profile.name}@{folder.name}[/bold] in {folder}")
     return folder
@@ -205,12 +204,13 @@ def _evidence(
         inputs = {"model": key, "questions": questions_key(questions)}
         return load_scores(job.keep(f"evaluate-{variant}", inputs, make).folder)
 
-    moved, tuned = load_deltas(transferred.folder), load_deltas(final.folder)
+    moved, tuned = (as_stored(load_deltas(stage.folder), profile.stored) for stage in (transferred, final))
+    form = f"{base_key} {profile.stored} "
     variants = {
         "base": scored("base", job.base, base_key, []),
         "source": scored("source", source, source_key, []),
-        "transfer": scored("transfer", job.base, base_key + transferred.key, [moved]),
-        "delta": scored("delta", job.base, base_key + final.key, [tuned]),
+        "transfer": scored("transfer", job.base, form + transferred.key, [moved]),
+        "delta": scored("delta", job.base, form + final.key, [tuned]),
     }
     scores = manifest_scores(questions, variants)
     job.screen.show_scores(profile.name, scores)
@@ -222,7 +222,7 @@ def _evidence(
             + "\nRaise finetune.retention.weight, lower localize.p or transfer.strength, or allow more in the profile."
         )
     pairs = {
-        other: scored(f"with-{other}", job.base, base_key + final.key + key, [tuned, deltas])
+        other: scored(f"with-{other}", job.base, form + final.key + key, [tuned, deltas])
         for other, key, deltas in _neighbours(profile.name, job.base, store)
     }
     details = {"scores": [score.model_dump() for score in scores], "composed_with": pairs}

@@ -116,7 +116,10 @@ class RetainedTask(Task):
 
 
 class Profile(_Section):
-    """One ability profile. Field by field it mirrors the YAML file; unknown keys are refused."""
+    """One ability profile. Field by field it mirrors the YAML file; unknown keys are refused.
+
+    `stored: int8` keeps the rows in half the bytes; everything is measured as stored.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     kind: Literal["language", "skill", "other"] = "skill"
@@ -126,6 +129,7 @@ class Profile(_Section):
     exemplars: tuple[str, ...] = ()
     base: str = "embedded"
     seed: int = 0
+    stored: Literal["bfloat16", "int8"] = "bfloat16"
     source: Source
     data: Data
     localize: Localize = Localize()

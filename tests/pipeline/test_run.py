@@ -16,6 +16,7 @@ from act_serve.models.answering import answers
 from act_serve.models.examples import Example
 from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.pipeline import run as line
+from act_serve.pipeline.measure import measure, questions_of
 from act_serve.pipeline.progress import Screen
 from act_serve.profile.load import load_profile
 from tests.tiny_models import make_llama, plant
@@ -122,6 +123,18 @@ def test_neighbours_are_measured_together(tmp_path: Path, pair: dict[str, list[i
     together = json.loads((artifact / "evaluation.json").read_text())["composed_with"]
     assert together.keys() == {"first@1"}
     assert together["first@1"].keys() == {"demo_nll", "demo_exact", "other"}
+
+
+def test_int8_is_measured_as_it_is_stored(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    build(tmp_path, profile_file(tmp_path))
+    artifact, said = build(tmp_path, profile_file(tmp_path, stored="int8"))
+    manifest, deltas = read_artifact(artifact)
+    assert manifest.stored == "int8"
+    kept = [text.split()[1] for text in said.splitlines() if "kept from" in text]
+    assert kept == ["calibrate", "localize", "transfer", "finetune", "evaluate-base", "evaluate-source"]
+    profile = load_profile(tmp_path / "demo.yaml")
+    again = measure(tmp_path / "base", [deltas], questions_of(profile))
+    assert {score.task: score.delta for score in manifest.scores} == pytest.approx(again, abs=1e-5)
 
 
 def test_costly_ability_is_not_published(tmp_path: Path, pair: dict[str, list[int]]) -> None:
