@@ -114,11 +114,8 @@ def test_a_client_that_leaves_ends_the_generation(server: ServerProcess) -> None
     body = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "stream": True, "abilities": ["fr"]}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as reply:
         next(reply.iter_raw())
-        assert _running(server) == 1
-    deadline = time.monotonic() + 30
-    while _running(server) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert _running(server) == 0
+        _wait_until_running(server, 1)
+    _wait_until_running(server, 0)
 
 
 def test_many_compositions_at_once(server: ServerProcess) -> None:
@@ -139,6 +136,13 @@ def test_a_second_server_on_the_port_says_so_at_once(server: ServerProcess) -> N
     assert second.stderr.count("\n") == 1
     assert f"cannot listen on 127.0.0.1:{server.port}" in second.stderr
     assert "starting Ray" not in second.stderr
+
+
+def _wait_until_running(server: ServerProcess, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while _running(server) != count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _running(server) == count
 
 
 def _running(server: ServerProcess) -> float:
