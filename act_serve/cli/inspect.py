@@ -39,7 +39,7 @@ def inspect(artifact: ArtifactArgument, png: PngOption = None) -> None:
 
 
 def _facts(manifest: "Manifest") -> list[tuple[str, str]]:
-    how, counts = manifest.localization, manifest.counts
+    counts = manifest.counts
     languages = f" ({', '.join(manifest.languages)})" if manifest.languages else ""
     return [
         ("kind", f"{manifest.kind}{languages}"),
@@ -49,8 +49,21 @@ def _facts(manifest: "Manifest") -> list[tuple[str, str]]:
         ("source", manifest.source or "-"),
         ("channels", f"{counts.channels:,} in {len(manifest.modules)} modules, {counts.parameters:,} parameters"),
         ("size", f"{counts.bytes / 1e6:.1f} MB, rows stored as {manifest.stored}"),
-        ("localized by", f"{how.ranking}, p = {how.p:g}, λ = {how.strength:g}, seed {how.seed}"),
-        ("fine-tuned", f"{how.fine_tune_steps} steps on these rows alone"),
+        *_origin(manifest),
         ("content", manifest.digest),
         ("built", manifest.created),
     ]
+
+
+def _origin(manifest: "Manifest") -> list[tuple[str, str]]:
+    facts = []
+    if how := manifest.localization:
+        facts.append(("localized by", f"{how.ranking}, p = {how.p:g}, λ = {how.strength:g}, seed {how.seed}"))
+        facts.append(("fine-tuned", f"{how.fine_tune_steps} steps on these rows alone"))
+    if merge := manifest.merge:
+        parents = " + ".join(f"{p.name}@{p.version}*{p.weight:g}" for p in merge.parents)
+        facts.append(("merged from", f"{parents} by {merge.method}, seed {merge.seed}"))
+    if given := manifest.imported:
+        kept = "every changed row kept" if given.exact else "the largest rows kept"
+        facts.append(("imported from", f"{given.form}, {kept}, relative error {given.relative_error:.2g}"))
+    return facts

@@ -13,6 +13,7 @@ from act_serve.cli.build_delta import build_delta
 from act_serve.cli.evaluate import evaluate
 from act_serve.cli.export import export
 from act_serve.cli.inspect import inspect
+from act_serve.cli.merge import merge
 from act_serve.cli.serve import serve
 from act_serve.errors import ActServeError, MissingExtraError
 
@@ -44,6 +45,7 @@ app.command("serve")(serve)
 app.command("build-delta")(build_delta)
 app.command("eval")(evaluate)
 app.command("export")(export)
+app.command("merge")(merge)
 app.command("inspect")(inspect)
 app.add_typer(ability, name="ability")
 

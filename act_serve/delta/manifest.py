@@ -61,6 +61,46 @@ class Localization(_Strict):
     fine_tune_steps: NonNegativeInt
 
 
+class Parent(_Strict):
+    """One ability that went into a merge; ``density`` is the share of its values that was kept."""
+
+    name: Name
+    version: PositiveInt
+    tensors_sha256: Sha256
+    weight: float
+    density: Annotated[float, Field(gt=0, le=1)]
+
+
+class Merge(_Strict):
+    """How an ability was merged out of others: enough to merge it again.
+
+    Attributes:
+        method: such as ``sum`` or ``ties``.
+        seed: of the random methods.
+        parents: in the order that was named, which ``priority`` goes by.
+    """
+
+    method: str
+    seed: int
+    parents: Annotated[tuple[Parent, ...], Field(min_length=1)]
+
+
+class Import(_Strict):
+    """What an ability was made from, where this project did not build it.
+
+    Attributes:
+        form: ``checkpoint`` (a fine-tuned model), ``lora`` or ``shira`` (PEFT adapters).
+        exact: whether every changed row of the layers' linear modules was kept.
+        relative_error: Frobenius norm of (what was given - what is stored), over that of what was given.
+        left_out: number of tensors that differ and are no such module (embeddings, norms); not in the error.
+    """
+
+    form: Literal["checkpoint", "lora", "shira"]
+    exact: bool
+    relative_error: Annotated[float, Field(ge=0)]
+    left_out: NonNegativeInt = 0
+
+
 class ModuleEntry(_Strict):
     """One module's share of the delta.
 
@@ -117,6 +157,7 @@ class Manifest(_Strict):
         kind: what the ability is for; ``languages`` are BCP 47 tags that a language ability serves.
         exemplars: prompts that should be routed to this ability.
         base: id and fingerprint of the model that the delta fits; ``source`` likewise of the ability model.
+        localization, merge, imported: where the rows come from: a build, other abilities, another format.
         modules: per module of the model, in the checkpoint's names.
         stored: the form of the rows in the tensors file; int8 comes with a scale per row, and is served in bfloat16.
         tensors_sha256: sha256 of ``channel_delta.safetensors``.
@@ -135,7 +176,9 @@ class Manifest(_Strict):
     base_fingerprint: ModelFingerprint
     source: str | None = None
     source_fingerprint: ModelFingerprint | None = None
-    localization: Localization
+    localization: Localization | None = None
+    merge: Merge | None = None
+    imported: Import | None = None
     modules: dict[str, ModuleEntry]
     stored: Stored = "bfloat16"
     counts: Counts

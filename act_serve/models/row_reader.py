@@ -53,7 +53,7 @@ def open_rows(folder: Path) -> Iterator[RowReader]:
     """
     with ExitStack() as stack:
         shard_of: dict[str, Any] = {}
-        for path in _shards(folder):
+        for path in shards(folder):
             try:
                 shard = stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as exc:
@@ -62,7 +62,8 @@ def open_rows(folder: Path) -> Iterator[RowReader]:
         yield RowReader(folder, shard_of)
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of the checkpoint in `folder`; raises ModelError when there are none."""
     index = folder / _INDEX
     if index.exists():
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

@@ -1,20 +1,22 @@
 """Scores a base with any composition of stored abilities."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from act_serve.abilities.store import Store
-from act_serve.delta.artifact import read_artifact
+from act_serve.delta.artifact import ModuleDelta, read_artifact
 from act_serve.delta.composition import Composition
 from act_serve.delta.fingerprint import check_base, fingerprint_model
+from act_serve.delta.manifest import Manifest
 from act_serve.errors import DataError
 from act_serve.models.examples import Example
 from act_serve.models.loading import load_model, load_tokenizer, resolve_model
 from act_serve.models.row_delta import RowDeltas
 from act_serve.pipeline.evaluate import Question, evaluate
+from act_serve.pipeline.merge import Share, merge_deltas
 from act_serve.profile.schema import Data, Task
 
 
@@ -30,6 +32,24 @@ def artifacts_of(composition: str, store: Path) -> list[tuple[Path, float]]:
         manifest = shelf.manifest(ability.name, ability.version)
         found.append((shelf.path(ability.name, manifest.version), ability.weight))
     return found
+
+
+def compose(abilities: Sequence[tuple[Path, float]], base: Path) -> dict[str, ModuleDelta]:
+    """Returns Σ weight·delta of artifact folders with their weights, float32; nothing for no abilities.
+
+    Raises BaseMismatchError when an artifact belongs to another base than the one in the folder `base`, and
+    ArtifactDamagedError when it can't be used.
+    """
+    read = [(*read_artifact(artifact), weight) for artifact, weight in abilities]
+    check_bases((manifest for manifest, _, _ in read), base)
+    return merge_deltas([Share(deltas, weight) for _, deltas, weight in read], "sum") if read else {}
+
+
+def check_bases(manifests: Iterable[Manifest], base: Path) -> None:
+    """Raises BaseMismatchError unless all of them were built for the model in the folder `base`."""
+    fingerprint = fingerprint_model(base)
+    for manifest in manifests:
+        check_base(manifest.base_fingerprint, fingerprint, what=f"{manifest.name}@{manifest.version}")
 
 
 def score_composition(

@@ -1,4 +1,4 @@
-"""Turns the result of a build into an artifact in the store."""
+"""Turns deltas into an artifact in the store."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import ModuleDelta, count_modules, entries_of, serialize_modules, write_artifact
 from act_serve.delta.fingerprint import fingerprint_model
-from act_serve.delta.manifest import EVALUATION_FILE, Localization, Manifest, Score
+from act_serve.delta.manifest import EVALUATION_FILE, Localization, Manifest, Score, Stored
 from act_serve.models.families import channel_modules
 from act_serve.profile.schema import Profile
 
@@ -28,35 +28,62 @@ class Evidence:
 def publish(
     *, profile: Profile, base: Path, source: Path, deltas: Mapping[str, ModuleDelta], evidence: Evidence, store: Store
 ) -> Path:
-    """Writes the next version of the ability into `store`, in the profile's stored form, and returns its folder.
+    """Writes the next version of a built ability into `store`, in the profile's stored form, and returns its folder.
 
     Raises StoreError when the store can't be written.
     """
-    tensors = serialize_modules(deltas, profile.stored)
-    widths = {module.name: module.out_features for module in channel_modules(base)}
-    version = store.next_version(profile.name)
-    manifest = Manifest(
+    text = json.dumps(evidence.details, indent=2, ensure_ascii=False) + "\n"
+    return publish_deltas(
+        store=store,
+        deltas=deltas,
+        channels=channel_counts(base),
+        stored=profile.stored,
+        files={EVALUATION_FILE: text.encode()},
         name=profile.name,
-        version=version,
         kind=profile.kind,
         languages=profile.languages,
         description=profile.description,
         exemplars=profile.exemplars,
         license=profile.license,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
         base=base.name,
         base_fingerprint=fingerprint_model(base),
         source=profile.source.model or f"trained from {base.name} on the profile's data",
         source_fingerprint=fingerprint_model(source),
         localization=_localization(profile, evidence.calibration),
-        modules=entries_of(deltas, widths),
-        stored=profile.stored,
-        counts=count_modules(deltas, len(tensors)),
-        tensors_sha256=hashlib.sha256(tensors).hexdigest(),
         scores=evidence.scores,
     )
-    text = json.dumps(evidence.details, indent=2, ensure_ascii=False) + "\n"
-    return write_artifact(store.path(profile.name, version), manifest, tensors, {EVALUATION_FILE: text.encode()})
+
+
+def publish_deltas(
+    *,
+    store: Store,
+    deltas: Mapping[str, ModuleDelta],
+    channels: Mapping[str, int],
+    stored: Stored,
+    files: Mapping[str, bytes] | None = None,
+    **facts: Any,
+) -> Path:
+    """Writes deltas as the next version of the ability `facts["name"]` and returns its folder.
+
+    `channels` gives each module's number of channels; `facts` are the other fields of the manifest. Raises StoreError
+    when the store can't be written, ArtifactDamagedError when the deltas hold NaN.
+    """
+    tensors = serialize_modules(deltas, stored)
+    manifest = Manifest(
+        version=store.next_version(facts["name"]),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        modules=entries_of(deltas, channels),
+        stored=stored,
+        counts=count_modules(deltas, len(tensors)),
+        tensors_sha256=hashlib.sha256(tensors).hexdigest(),
+        **facts,
+    )
+    return write_artifact(store.path(manifest.name, manifest.version), manifest, tensors, files)
+
+
+def channel_counts(base: Path) -> dict[str, int]:
+    """The number of channels of each module of the model in `base` that holds channels."""
+    return {module.name: module.out_features for module in channel_modules(base)}
 
 
 def _localization(profile: Profile, calibration: str) -> Localization:

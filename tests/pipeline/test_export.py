@@ -10,9 +10,10 @@ from act_serve.abilities.store import Store
 from act_serve.delta.artifact import ModuleDelta, serialize_modules, write_artifact
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.errors import BaseMismatchError, ModelError, UnknownAbilityError
-from act_serve.pipeline.compose import artifacts_of, score_composition
+from act_serve.pipeline.compose import artifacts_of, compose, score_composition
 from act_serve.pipeline.datasets.catalogue import Example
 from act_serve.pipeline.export import export_hf
+from act_serve.pipeline.export_patch import export_patch
 from tests.abilities_for_tests import manifest_for
 from tests.tiny_models import make_llama, make_qwen
 
@@ -37,7 +38,7 @@ def test_weighted_sum_on_shared_rows_and_biases(tmp_path: Path) -> None:
     publish(tmp_path / "store", base, "one", one)
     publish(tmp_path / "store", base, "two", two)
     chosen = artifacts_of("one+two*0.5", tmp_path / "store")
-    folder = export_hf(base=base, abilities=chosen, folder=tmp_path / "merged", dtype="float32")
+    folder = export_hf(base=base, deltas=compose(chosen, base), folder=tmp_path / "merged", dtype="float32")
     before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
     after = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     for deltas, weight in ((one, 1.0), (two, 0.5)):
@@ -52,25 +53,45 @@ def test_weighted_sum_on_shared_rows_and_biases(tmp_path: Path) -> None:
 
 def test_dtype_is_the_base_s_and_the_folder_is_new(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base")
-    folder = export_hf(base=base, abilities=[], folder=tmp_path / "merged")
+    folder = export_hf(base=base, deltas={}, folder=tmp_path / "merged")
     assert fingerprint_model(folder) == fingerprint_model(base)
     with pytest.raises(ModelError, match="exists already"):
-        export_hf(base=base, abilities=[], folder=folder)
+        export_hf(base=base, deltas={}, folder=folder)
 
 
 def test_other_base_is_refused(tmp_path: Path) -> None:
     base, other = make_llama(tmp_path / "base"), make_llama(tmp_path / "other", seed=1)
     artifact = publish(tmp_path / "store", base, "one", {UP: delta([1, 4])})
     with pytest.raises(BaseMismatchError):
-        export_hf(base=other, abilities=[(artifact, 1.0)], folder=tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+        compose([(artifact, 1.0)], other)
+    wide = make_llama(tmp_path / "wide", hidden=64)
+    for export in (export_hf, export_patch):
+        with pytest.raises(BaseMismatchError, match=r"mlp.up_proj.weight, \(32,\) long; in .* \(128, 64\)"):
+            export(base=wide, deltas={UP: delta([1, 4])}, folder=tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "other", "wide", "store"}
+
+
+def test_shards_and_dtype_are_kept_or_changed_everywhere(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    (tmp_path / "sharded" / "model.safetensors").unlink(missing_ok=True)
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    deltas = {UP: delta([1, 4]), KEY: delta([0, 3])}
+    whole = export_hf(base=base, deltas=deltas, folder=tmp_path / "whole", dtype="float16")
+    parts = export_hf(base=tmp_path / "sharded", deltas=deltas, folder=tmp_path / "parts", dtype="float16")
+    assert len(list(parts.glob("*.safetensors"))) == len(list((tmp_path / "sharded").glob("*.safetensors")))
+    left, right = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict() for folder in (whole, parts))
+    assert left[f"{UP}.weight"].dtype == torch.float16
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_scores_of_a_composition_equal_those_of_its_export(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base")
     publish(tmp_path / "store", base, "one", {UP: delta(list(range(0, 64, 3)))})
     chosen = artifacts_of("one*6", tmp_path / "store")
-    merged = export_hf(base=base, abilities=chosen, folder=tmp_path / "merged")
+    merged = export_hf(base=base, deltas=compose(chosen, base), folder=tmp_path / "merged")
     examples, store = [Example("hello", "there you are")], tmp_path / "store"
     metrics = ("nll", "chrf")
     added = score_composition(base=str(base), composition="one*6", store=store, examples=examples, metrics=metrics)
