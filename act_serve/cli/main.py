@@ -12,6 +12,7 @@ from act_serve.cli.ability import ability
 from act_serve.cli.build_delta import build_delta
 from act_serve.cli.evaluate import evaluate
 from act_serve.cli.export import export
+from act_serve.cli.import_ability import import_ability
 from act_serve.cli.inspect import inspect
 from act_serve.cli.merge import merge
 from act_serve.cli.serve import serve
@@ -46,6 +47,7 @@ app.command("build-delta")(build_delta)
 app.command("eval")(evaluate)
 app.command("export")(export)
 app.command("merge")(merge)
+app.command("import")(import_ability)
 app.command("inspect")(inspect)
 app.add_typer(ability, name="ability")
 

@@ -29,12 +29,23 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_commands() -> None:
     names = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
-    assert names == {"serve", "build-delta", "eval", "export", "merge", "inspect", "ability"}
+    assert names == {"serve", "build-delta", "eval", "export", "merge", "import", "inspect", "ability"}
 
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["serve"], ["build-delta"], ["eval"], ["export"], ["merge"], ["inspect"], ["ability"], ["ability", "list"]],
+    [
+        [],
+        ["serve"],
+        ["build-delta"],
+        ["eval"],
+        ["export"],
+        ["merge"],
+        ["import"],
+        ["inspect"],
+        ["ability"],
+        ["ability", "list"],
+    ],
 )
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", _LOADED, *words, "--help"], capture_output=True, text=True)
