@@ -96,6 +96,8 @@ def prepare(base: Path, work: Path) -> dict[str, int]:
     """Writes the abilities of random rows and the same deltas as LoRA; returns their sizes in bytes."""
     from act_serve.abilities.store import Store
     from act_serve.delta.artifact import read_artifact
+    from act_serve.pipeline.export_peft import export_peft
+    from act_serve.pipeline.publish import channel_counts
     from tests.abilities_for_tests import publish_random
 
     store = Store(work)
@@ -104,35 +106,10 @@ def prepare(base: Path, work: Path) -> dict[str, int]:
         folder = publish_random(store, base, f"a{number}", seed=number, share=SHARE)
         sizes[f"a{number}"] = (folder / "channel_delta.safetensors").stat().st_size
         if number < 4:
-            write_lora(work / "lora" / f"a{number}", base, read_artifact(folder)[1])
+            deltas = read_artifact(folder)[1]
+            lora = work / "lora" / f"a{number}"
+            export_peft(base=str(base), deltas=deltas, channels=channel_counts(base), folder=lora)
     return sizes
-
-
-def write_lora(folder: Path, base: Path, modules: dict[str, Any]) -> None:
-    """Writes a delta as the LoRA that equals it: A holds the changed rows, B puts each in its place."""
-    import torch
-    from safetensors.torch import save_file
-
-    from tests.abilities_for_tests import linear_shapes
-
-    rank = max(module.rows.numel() for module in modules.values())
-    tensors = {}
-    for name, module in modules.items():
-        k, in_features = module.delta.shape
-        lora_a = torch.zeros(rank, in_features, dtype=torch.bfloat16)
-        lora_b = torch.zeros(linear_shapes(base)[name][0], rank, dtype=torch.bfloat16)
-        lora_a[:k] = module.delta
-        lora_b[module.rows.long(), torch.arange(k)] = 1
-        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0,
-        "bias": "none", "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
-        "base_model_name_or_path": str(base),
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def limits(base: Path, sizes: dict[str, int]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from act_serve.models.families import channel_modules
 from act_serve.models.loading import resolve_model
 from act_serve.models.pairs import check_pair
 from act_serve.pipeline.calibrate import calibrate, weight_differences
+from act_serve.pipeline.conflict import conflict
 from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples
 from act_serve.pipeline.evaluate import broken
 from act_serve.pipeline.finetune import Lessons, finetune
@@ -221,11 +222,16 @@ def _evidence(
             + "\n  ".join(problems)
             + "\nRaise finetune.retention.weight, lower localize.p or transfer.strength, or allow more in the profile."
         )
+    neighbours = _neighbours(profile.name, job.base, store)
     pairs = {
         other: scored(f"with-{other}", job.base, form + final.key + key, [tuned, deltas])
-        for other, key, deltas in _neighbours(profile.name, job.base, store)
+        for other, key, deltas in neighbours
     }
-    details = {"scores": [score.model_dump() for score in scores], "composed_with": pairs}
+    details = {
+        "scores": [score.model_dump() for score in scores],
+        "composed_with": pairs,
+        "conflicts": {other: conflict(tuned, deltas) for other, _, deltas in neighbours},
+    }
     return Evidence(scores, details, calibration)
 
 

@@ -120,9 +120,13 @@ def test_changed_setting_repeats_only_what_depends_on_it(tmp_path: Path, pair: d
 def test_neighbours_are_measured_together(tmp_path: Path, pair: dict[str, list[int]]) -> None:
     build(tmp_path, profile_file(tmp_path, name="first"))
     artifact, _ = build(tmp_path, profile_file(tmp_path))
-    together = json.loads((artifact / "evaluation.json").read_text())["composed_with"]
+    evaluation = json.loads((artifact / "evaluation.json").read_text())
+    together = evaluation["composed_with"]
     assert together.keys() == {"first@1"}
     assert together["first@1"].keys() == {"demo_nll", "demo_exact", "other"}
+    conflict = evaluation["conflicts"]["first@1"]
+    assert conflict["rows"] == sum(map(len, pair.values()))
+    assert conflict["share"] == conflict["cosine"] == 1.0
 
 
 def test_int8_is_measured_as_it_is_stored(tmp_path: Path, pair: dict[str, list[int]]) -> None:
