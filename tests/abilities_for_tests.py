@@ -20,7 +20,7 @@ from act_serve.delta.artifact import (
 )
 from act_serve.delta.composition import Composition, WeightedAbility
 from act_serve.delta.fingerprint import fingerprint_model
-from act_serve.delta.manifest import Localization, Manifest
+from act_serve.delta.manifest import Localization, Manifest, Stored
 
 
 def linear_shapes(base: Path) -> dict[str, tuple[int, int]]:
@@ -58,7 +58,14 @@ def random_modules(base: Path, seed: int, share: float = 0.05, scale: float = 0.
     return modules
 
 
-def manifest_for(base: Path, name: str, version: int, modules: dict[str, ModuleDelta], tensors: bytes) -> Manifest:
+def manifest_for(
+    base: Path,
+    name: str,
+    version: int,
+    modules: dict[str, ModuleDelta],
+    tensors: bytes,
+    stored: Stored = "bfloat16",
+) -> Manifest:
     """A manifest that fits the tensors and the base."""
     shapes = linear_shapes(base)
     return Manifest(
@@ -74,16 +81,20 @@ def manifest_for(base: Path, name: str, version: int, modules: dict[str, ModuleD
             ranking="random", p=0.05, strength=1.0, seed=0, calibration="0" * 64, fine_tune_steps=0
         ),
         modules=entries_of(modules, {module: shapes.get(module, (8, 8))[0] for module in modules}),
+        stored=stored,
         counts=count_modules(modules, len(tensors)),
         tensors_sha256=hashlib.sha256(tensors).hexdigest(),
     )
 
 
-def publish_random(store: Store, base: Path, name: str, seed: int, version: int = 1, **options: float) -> Path:
+def publish_random(
+    store: Store, base: Path, name: str, seed: int, version: int = 1, stored: Stored = "bfloat16", **options: float
+) -> Path:
     """Publishes an ability of random rows."""
     modules = random_modules(base, seed, **options)
-    tensors = serialize_modules(modules)
-    return write_artifact(store.path(name, version), manifest_for(base, name, version, modules, tensors), tensors)
+    tensors = serialize_modules(modules, stored)
+    manifest = manifest_for(base, name, version, modules, tensors, stored)
+    return write_artifact(store.path(name, version), manifest, tensors)
 
 
 def pinned(store: Store, text: str) -> Composition:

@@ -97,11 +97,13 @@ def _conflict_table(parts: "list[Part]") -> Any:
     from act_serve.pipeline.merge_abilities import conflicts
 
     table = Table(title="conflicts", title_justify="left")
-    for heading in ("abilities", "shared rows", "share of the smaller", "mean cosine", "most in"):
+    for heading in ("abilities", "shared rows", "of the smaller", "mean cosine", "most in"):
         table.add_column(heading, justify="left" if heading in ("abilities", "most in") else "right")
     for (left, right), figures in conflicts(parts).items():
         cosine = "-" if figures["cosine"] is None else f"{figures['cosine']:.3f}"
         most = max(figures["modules"].items(), key=lambda item: item[1]["rows"], default=None)
-        where = "-" if most is None else f"{most[0]} ({most[1]['rows']}, {most[1]['cosine']:.2f})"
+        where = "-"
+        if most is not None:
+            where = f"{most[0].removeprefix('model.layers.')} ({most[1]['rows']}, {most[1]['cosine']:.2f})"
         table.add_row(f"{left} {right}", f"{figures['rows']:,}", f"{figures['share']:.1%}", cosine, where)
     return table

@@ -26,12 +26,12 @@ def base() -> Path:
 
 @pytest.fixture(scope="session")
 def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """The shipped abilities and two of random rows, ``r1`` and ``r2``."""
+    """The shipped abilities and two of random rows, ``r1`` and, stored as int8, ``r2``."""
     root = tmp_path_factory.mktemp("store")
     shutil.copytree(SHIPPED, root, dirs_exist_ok=True)
     store = Store(root)
     publish_random(store, base, "r1", seed=1)
-    publish_random(store, base, "r2", seed=2)
+    publish_random(store, base, "r2", seed=2, stored="int8")
     return store
 
 
