@@ -9,6 +9,7 @@ import typer
 
 from act_serve import __version__
 from act_serve.cli.ability import ability
+from act_serve.cli.analyze import analyze
 from act_serve.cli.build_delta import build_delta
 from act_serve.cli.evaluate import evaluate
 from act_serve.cli.export import export
@@ -20,7 +21,7 @@ from act_serve.errors import ActServeError, MissingExtraError
 
 # What each extra of the package brings, for the message when it is missing.
 EXTRAS = {
-    "build": ("accelerate", "filelock", "gguf", "matplotlib", "sacrebleu", "safetensors", "torch", "transformers"),
+    "build": ("accelerate", "filelock", "gguf", "jinja2", "matplotlib", "sacrebleu", "safetensors", "torch", "transformers"),
     "serve": (
         "aiohttp",
         "fastapi",
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve)
 app.command("build-delta")(build_delta)
+app.command("analyze")(analyze)
 app.command("eval")(evaluate)
 app.command("export")(export)
 app.command("merge")(merge)

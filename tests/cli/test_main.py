@@ -29,7 +29,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_commands() -> None:
     names = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
-    assert names == {"serve", "build-delta", "eval", "export", "merge", "import", "inspect", "ability"}
+    assert names == {"serve", "build-delta", "analyze", "eval", "export", "merge", "import", "inspect", "ability"}
 
 
 @pytest.mark.parametrize(

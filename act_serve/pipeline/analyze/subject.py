@@ -1,0 +1,105 @@
+"""One ability under analysis: its pair of models and what its build has kept already."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.errors import ProfileError
+from act_serve.models.examples import Example
+from act_serve.models.families import ChannelModule, channel_modules
+from act_serve.models.loading import resolve_model
+from act_serve.models.pairs import check_pair
+from act_serve.pipeline.analyze.overlap import Mask
+from act_serve.pipeline.calibrate import calibrate, weight_differences
+from act_serve.pipeline.datasets.catalogue import examples_hash
+from act_serve.pipeline.localize import localize
+from act_serve.pipeline.progress import Screen
+from act_serve.pipeline.run import Job, _source
+from act_serve.pipeline.stage_files import load_tensors, save_tensors
+from act_serve.profile.schema import Localize, Profile, Ranking
+
+RANKINGS: tuple[Ranking, ...] = ("activation_global", "activation_per_module", "weight_relative", "weight_per_module")
+READS_TEXT = frozenset({"activation_global", "activation_per_module"})
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """`job` keeps stages where the build of the same profile does, so that both share them."""
+
+    job: Job
+    source: Path
+    source_key: str
+    modules: tuple[ChannelModule, ...]
+    calibration: tuple[Example, ...]
+    _read: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.job.profile.name
+
+    @property
+    def _text(self) -> str:
+        return examples_hash(self.calibration)
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Number of channels per module."""
+        return {module.name: module.out_features for module in self.modules}
+
+    @property
+    def text_ranking(self) -> Ranking:
+        """The profile's ranking, or the nearest one that reads text where the profile's doesn't."""
+        ranking = self.job.profile.localize.ranking
+        return ranking if ranking in READS_TEXT else "activation_per_module"
+
+    def differences(self, examples: Sequence[Example], ranking: Ranking) -> dict[str, Tensor]:
+        """What `ranking` ranks by, `[O]` per module; calibrated on `examples` unless it reads weights alone."""
+        by_weight = ranking not in READS_TEXT
+        text = examples_hash(examples)
+        inputs = {
+            "base": fingerprint_model(self.job.base).model_dump_json(),
+            "source": self.source_key,
+            "by_weight": by_weight,
+            "examples": text,
+        }
+        of_build = by_weight == (self.job.profile.localize.ranking not in READS_TEXT) and text == self._text
+        stage = "calibrate" if of_build else "weights" if by_weight else f"calibrate-{text[:8]}"
+
+        def measure(folder: Path, _report: object) -> None:
+            pair = {"base": self.job.base, "source": self.source}
+            found = weight_differences(**pair) if by_weight else calibrate(**pair, examples=list(examples))
+            save_tensors(folder, found)
+
+        if stage not in self._read:
+            self._read[stage] = load_tensors(self.job.keep(stage, inputs, measure).folder)
+        return self._read[stage]
+
+    def mask(self, scores: Mapping[str, Tensor], ranking: Ranking, p: float) -> Mask:
+        """The channels that `ranking` chooses at `p` of the parameters."""
+        return localize(list(self.modules), scores, Localize(ranking=ranking, p=p), self.job.profile.seed)
+
+
+def open_subjects(profiles: Sequence[Profile], builds: Path, screen: Screen) -> list[Subject]:
+    """Makes or finds the ability models of several profiles whose builds lie in `builds`.
+
+    Raises ProfileError when two profiles have the same name or another base, PairMismatchError for a bad pair.
+    """
+    names = [profile.name for profile in profiles]
+    if len(set(names)) < len(names):
+        raise ProfileError(f"two profiles have the same name: {', '.join(sorted(names))}; give each ability once")
+    bases = {profile.name: resolve_model(profile.base) for profile in profiles}
+    if len({fingerprint_model(base).model_dump_json() for base in bases.values()}) > 1:
+        said = ", ".join(f"{name}: {base}" for name, base in bases.items())
+        raise ProfileError(f"masks can be compared on one base only, and these profiles have several ({said})")
+    return [_open(Job(profile, bases[profile.name], builds / profile.name, screen)) for profile in profiles]
+
+
+def _open(job: Job) -> Subject:
+    if job.profile.source.model is not None:
+        check_pair(job.base, resolve_model(job.profile.source.model))
+    source, key = _source(job)
+    calibration = job.examples("train", job.profile.localize.calibration_items)
+    return Subject(job, source, key, tuple(channel_modules(job.base)), tuple(calibration))

@@ -1,0 +1,162 @@
+"""A whole analysis of two tiny abilities in planted rows: right numbers, and a report that stands alone."""
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from act_serve.abilities.store import Store
+from act_serve.errors import ProfileError
+from act_serve.pipeline.analyze.analysis import Options, analyze
+from act_serve.pipeline.analyze.report import write_report
+from act_serve.pipeline.analyze.subject import open_subjects
+from act_serve.pipeline.progress import Screen
+from act_serve.pipeline.run import build
+from act_serve.profile.load import load_profile
+from act_serve.profile.schema import Profile
+from tests.tiny_models import make_llama, plant
+
+P = 0.125
+
+
+def profile(folder: Path, name: str, letters: str, **changes: Any) -> Profile:
+    lines = [json.dumps({"prompt": f"say {a}{b}", "answer": f"{a}{b}" * 6}) for a in letters for b in letters]
+    (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    data = {"train": f"{name}.jsonl", "test": f"{name}.jsonl"}
+    content = {
+        "name": name,
+        "description": "A demonstration.",
+        "license": "Apache-2.0",
+        "base": str(folder / "base"),
+        "source": {"model": str(folder / name)},
+        "data": data,
+        "localize": {"p": P, "calibration_items": 12},
+        "finetune": {"steps": 2, "batch_size": 2, "items": 5},
+        "score": [{"name": f"{name}_nll", "metric": "nll", "items": 6, "data": data}],
+        **changes,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return load_profile(path)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planted")
+    base = make_llama(folder / "base")
+    for seed, name in enumerate(("left", "right"), start=1):
+        plant(base, folder / name, p=P, scale=0.3, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(planted: Path) -> Path:
+    profiles = [profile(planted, "left", "abcdefgh"), profile(planted, "right", "stuvwxyz")]
+    subjects = open_subjects(profiles, planted / "work", Screen(Console(file=io.StringIO())))
+    found = analyze(subjects, Options(shares=(0.05, P, 0.25)))
+    return write_report(found, subjects, planted / "out")
+
+
+@pytest.fixture(scope="module")
+def numbers(report: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((report.parent / "analysis.json").read_text())
+    return content
+
+
+def test_planted_rows_carry_the_difference(numbers: dict[str, Any]) -> None:
+    for record in numbers["records"]["concentration"]:
+        assert record["top_shares"]["0.125"] > 2 * P
+        assert record["channels"] == 512
+
+
+def test_other_rows_overlap_as_chance_has_it(numbers: dict[str, Any]) -> None:
+    found = [r for r in numbers["records"]["disentanglement"] if (r["p"], r["ranking"]) == (P, "weight_per_module")]
+    assert len(found) == 1
+    assert found[0]["overlap"]["share"] == pytest.approx(found[0]["overlap"]["chance"], abs=0.1)
+    assert numbers["verdicts"]["disentanglement"] == "holds"
+
+
+def test_stable_where_the_rows_are(numbers: dict[str, Any]) -> None:
+    found = [record for record in numbers["records"]["stability"] if record["p"] == P]
+    assert len(found) == 6
+    assert min(record["share"] for record in found) > 0.8
+
+
+def test_chosen_rows_suffice_and_random_ones_do_not(numbers: dict[str, Any]) -> None:
+    for record in numbers["records"]["sufficiency"]:
+        kept = {
+            name: (dict(map(tuple, points))[P] - record["base"]) / (record["source"] - record["base"])
+            for name, points in record["curves"].items()
+        }
+        assert kept["chosen rows"] > 0.8
+        assert kept["random rows"] < 0.6
+        assert kept.keys() == {"chosen rows", "random rows", "chosen rows, fine-tuned", "random rows, fine-tuned"}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch or show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sections: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "section":
+            self.sections.append(values["id"] or "")
+        self.addresses += [values[name] or "" for name in ("src", "href", "srcset", "data", "action") if name in values]
+
+
+def test_report_has_every_section_and_fetches_nothing(report: Path) -> None:
+    text = report.read_text()
+    page = Page()
+    page.feed(text)
+    parts = ["concentration", "disentanglement", "sufficiency-left", "sufficiency-right", "stability"]
+    parts += ["layers-left", "layers-right"]
+    assert page.sections == parts
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
+    assert sum(address.startswith("data:") for address in page.addresses) == len(parts)
+    assert not re.search(r"https?:|url\(|@import|<script", text)
+    for part in parts:
+        assert (report.parent / f"{part}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_second_analysis_measures_nothing_again(planted: Path, report: Path) -> None:
+    said = io.StringIO()
+    profiles = [profile(planted, "left", "abcdefgh")]
+    subjects = open_subjects(profiles, planted / "work", Screen(Console(file=said, width=120)))
+    found = analyze(subjects, Options(shares=(0.05, P, 0.25)))
+    stages = [line for line in said.getvalue().splitlines() if "✓" in line]
+    assert stages
+    assert all("kept from an earlier run" in line for line in stages)
+    assert any("two abilities" in note for note in found.notes)
+
+
+def test_builds_stages_are_used(planted: Path, tmp_path: Path) -> None:
+    said = io.StringIO()
+    screen = Screen(Console(file=said, width=120))
+    trained = profile(planted, "left", "abcdefgh", source={"train": {"items": 5, "steps": 2, "batch_size": 2}})
+    build(trained, store=Store(tmp_path / "store"), work=tmp_path / "work" / "left", screen=screen)
+    said.truncate(0)
+    subjects = open_subjects([trained], tmp_path / "work", screen)
+    analyze(subjects, Options(skip=frozenset({"disentanglement", "sufficiency", "stability"})))
+    kept = {line.split()[1] for line in said.getvalue().splitlines() if "kept from" in line}
+    assert kept >= {"source", "calibrate"}
+
+
+def test_profiles_that_cannot_be_compared(planted: Path, tmp_path: Path) -> None:
+    left = profile(planted, "left", "abcdefgh")
+    screen = Screen(Console(file=io.StringIO()))
+    with pytest.raises(ProfileError, match="same name"):
+        open_subjects([left, left], tmp_path, screen)
+    other = make_llama(tmp_path / "base", seed=5)
+    stranger = left.model_copy(update={"name": "stranger", "base": str(other)})
+    with pytest.raises(ProfileError, match="one base"):
+        open_subjects([left, stranger], tmp_path, screen)
