@@ -1,6 +1,7 @@
 """Metrics of a task. Each takes the answers given and the answers wanted and returns one number."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 HIGHER_IS_BETTER = {
     "exact_match": True,
     "json_fields": True,
+    "final_number": True,
     "chrf": True,
     "language_share": True,
     "nll": False,
@@ -32,6 +34,11 @@ def json_fields(given: Sequence[str], wanted: Sequence[str]) -> float:
     return _mean(found)
 
 
+def final_number(given: Sequence[str], wanted: Sequence[str]) -> float:
+    """Share of answers whose last whole number is the wanted one's last."""
+    return _mean([_last_number(left) == _last_number(right) for left, right in zip(given, wanted, strict=True)])
+
+
 def chrf(given: Sequence[str], wanted: Sequence[str]) -> float:
     """Corpus chrF (character n-grams up to 6, beta 2), 0 to 100, by sacrebleu."""
     from sacrebleu.metrics.chrf import CHRF
@@ -51,7 +58,7 @@ def answer_score(metric: str, given: Sequence[str], wanted: Sequence[str], langu
     if metric == "language_share":
         return language_share(given, language or "")
     by_name: dict[str, Callable[[Sequence[str], Sequence[str]], float]]
-    by_name = {"exact_match": exact_match, "json_fields": json_fields, "chrf": chrf}
+    by_name = {"exact_match": exact_match, "json_fields": json_fields, "chrf": chrf, "final_number": final_number}
     return by_name[metric](given, wanted)
 
 
@@ -68,6 +75,11 @@ def _identifier(language: str) -> Callable[[str], str | None]:
         return None if found is None else found.iso_code_639_1.name.lower()
 
     return identify
+
+
+def _last_number(text: str) -> str | None:
+    found = re.findall(r"\d+", text.replace(",", ""))
+    return found[-1].lstrip("0") or "0" if found else None
 
 
 def _parsed(text: str) -> Any:

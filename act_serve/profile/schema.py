@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Ranking = Literal["activation_global", "activation_per_module", "weight_relative", "weight_per_module", "random"]
-Metric = Literal["exact_match", "json_fields", "chrf", "language_share", "nll", "perplexity"]
+Metric = Literal["exact_match", "json_fields", "final_number", "chrf", "language_share", "nll", "perplexity"]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 LearningRate = Annotated[float, Field(gt=0.0, le=0.1)]
@@ -79,12 +79,19 @@ class Retention(_Section):
 
 
 class FineTune(_Section):
-    """Light training of the transferred rows alone; `steps: 0` leaves the transfer as it is."""
+    """Light training of the transferred rows alone; `steps: 0` leaves the transfer as it is.
+
+    `loss: data` is the NLL of the data's answers; `distill` mixes in the KL divergence from the source model on the
+    same answers: (1 - distill_weight)·NLL + distill_weight·KL(source ‖ tuned).
+    """
 
     steps: int = Field(default=100, ge=0)
     items: Count = 2000
     learning_rate: LearningRate = 5e-4
     batch_size: Count = 8
+    gradient_accumulation: Count = 1
+    loss: Literal["data", "distill"] = "data"
+    distill_weight: Share = 0.5
     retention: Retention | None = None
 
 

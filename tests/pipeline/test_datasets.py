@@ -1,6 +1,7 @@
 """What is tested was never trained on, and missing data says what to do."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from act_serve.models.examples import Example
 from act_serve.pipeline.datasets import debian_package, libreoffice_help
 from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples, read_examples, write_examples
 from act_serve.pipeline.datasets.order_notes import order_notes
+from act_serve.pipeline.datasets.splits import Split
+from act_serve.pipeline.datasets.word_problems import word_problems
+from act_serve.pipeline.scorers import final_number
 from act_serve.profile.schema import Data
 
 FIELDS = ("buyer", "city", "item", "date")
@@ -100,3 +104,23 @@ def test_unknown_maker_option_and_empty_data(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(DataError, match="no test examples"):
         load_examples(Data(test=str(tmp_path / "a.jsonl")), "test", 1, 0)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_every_word_problem_is_solved_by_its_steps(split: Split) -> None:
+    for language, marker in (("en", "Answer:"), ("fr", "Réponse :")):
+        for example in word_problems(split, 200, 5, language=language):
+            *steps, result = re.split(r"\. (?=[\dAR])", example.answer)
+            numbers = [int(number) for number in re.findall(r"\d+", example.prompt or "")]
+            for step in steps:
+                left, right = step.split(" = ")
+                assert eval(left) == int(right)  # the text is this module's own: digits and one sign
+                numbers.append(int(right))
+            assert result == f"{marker} {numbers[-1]}"
+
+
+def test_both_languages_have_the_same_problems() -> None:
+    pairs = zip(word_problems("test", 100, 0), word_problems("test", 100, 0, language="fr"), strict=True)
+    assert all(final_number([french.answer], [english.answer]) == 1.0 for english, french in pairs)
+    with pytest.raises(DataError, match="not in 'xx'"):
+        word_problems("test", 1, 0, language="xx")

@@ -12,11 +12,13 @@ from act_serve.pipeline.datasets.english_prose import debian_handbook, python_re
 from act_serve.pipeline.datasets.libreoffice_help import translation_pairs
 from act_serve.pipeline.datasets.order_notes import order_notes
 from act_serve.pipeline.datasets.splits import Split
+from act_serve.pipeline.datasets.word_problems import word_problems
 from act_serve.profile.schema import Data
 
 MAKERS: dict[str, Callable[..., list[Example]]] = {
     "libreoffice_help": translation_pairs,
     "order_notes": order_notes,
+    "word_problems": word_problems,
     "python_reference": python_reference,
     "debian_handbook": debian_handbook,
 }
@@ -69,7 +71,7 @@ def _maker(name: str) -> Callable[..., list[Example]]:
 
 
 def _checked(data: Data) -> dict[str, Any]:
-    unknown = set(data.options) - ({"language"} if data.maker == "libreoffice_help" else set())
+    unknown = set(data.options) - ({"language"} if data.maker in ("libreoffice_help", "word_problems") else set())
     if unknown:
         raise DataError(f"the data maker {data.maker} has no option {', '.join(sorted(unknown))}")
     return data.options

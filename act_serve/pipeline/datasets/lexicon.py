@@ -6,11 +6,12 @@ from itertools import product
 from act_serve.pipeline.datasets.splits import Split, split_of
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text, for a long list that reads well."""
     return tuple(text.split())
 
 
-FIRST_NAMES = _words(
+FIRST_NAMES = words(
     """
     Aaron Abigail Adele Ahmed Aisha Alan Albert Alice Amara Amelia Anders Andrea Anita Anton Arjun Astrid
     Barbara Beatrice Ben Bianca Boris Bridget Bruno Camille Carla Carlos Cecilia Chen Chloe Clara Claude Colin
@@ -24,20 +25,20 @@ FIRST_NAMES = _words(
     Tobias Uma Ursula Vera Victor Viola Walter Wanda William Xavier Yara Yusuf Yvonne Zara Zoe
     """
 )
-SURNAME_STARTS = _words(
+SURNAME_STARTS = words(
     """
     Ash Bar Beck Black Brad Bran Brook Cald Carl Clif Cran Dal Dun East Ed El Fair Far Gar Glen Gold Grim Hal
     Har Hart Hay Hol Kirk Lang Led Lin Lock Mar Mer Mil Nor Oak Pem Pres Rad Red Rock Row Sel Shel Stan Stock
     Thorn Under Wal War Wel West Whit Win Wood Wyn
     """
 )
-SURNAME_ENDS = _words(
+SURNAME_ENDS = words(
     """
     berg bourne bridge by dale den ell ers field ford ham ings land ley low man mer more ridge sen ston ton wald
     ward way well wick win wood worth
     """
 )
-CITY_STARTS = _words(
+CITY_STARTS = words(
     """
     Alder Amber Apple Ash Bay Bel Birch Bright Bristle Cedar Clear Copper Coral Crest Deer Dover Eagle Elm Ever
     Falcon Fern Fox Frost Glen Grand Green Hazel High Iron Juniper King Lake Lark Linden Long Maple Marble Mill
@@ -45,13 +46,13 @@ CITY_STARTS = _words(
     Thistle Timber Upper Vine Walnut West Willow Winter Wolf
     """
 )
-CITY_ENDS = _words(
+CITY_ENDS = words(
     """
     borough bridge brook burg bury cliff cross dale ford gate grove hampton haven hill holm hurst mere minster
     mouth point port shire stead ton vale view ville water wick wood
     """
 )
-REAL_CITIES = _words(
+REAL_CITIES = words(
     """
     Aberdeen Accra Adelaide Amsterdam Antwerp Athens Austin Bangkok Barcelona Basel Belfast Bergen Berlin Bilbao
     Bogota Boston Brisbane Brussels Bucharest Budapest Cairo Calgary Cardiff Chicago Cologne Copenhagen Cork
@@ -64,7 +65,7 @@ REAL_CITIES = _words(
     Zurich
     """
 )
-MATERIALS = _words(
+MATERIALS = words(
     """
     aluminium antique bamboo black blue brass ceramic copper cordless cotton curved digital electric folding
     glass gold green grey heavy insulated iron large leather linen magnetic marble metal mini nylon oak orange
@@ -72,7 +73,7 @@ MATERIALS = _words(
     striped thick thin tinted velvet vintage waterproof white wireless wooden woollen yellow
     """
 )
-GOODS = _words(
+GOODS = words(
     """
     adapters alarms anchors aprons armchairs awnings axes backpacks badges balloons bandages banners barrels
     baskets batteries beakers beams belts benches bicycles binders blankets blinds bolts books bookends bottles
@@ -124,6 +125,18 @@ def items(split: Split) -> list[str]:
     nouns = _part(GOODS, split)
     single = [f"{adjective} {noun}" for adjective, noun in product(MATERIALS, nouns)]
     return [*nouns * 20, *single]
+
+
+@lru_cache
+def first_names(split: Split) -> list[str]:
+    """First names of `split`."""
+    return _part(FIRST_NAMES, split)
+
+
+@lru_cache
+def goods(split: Split) -> list[str]:
+    """Nouns of `split`, without adjectives."""
+    return _part(GOODS, split)
 
 
 def _part(words: tuple[str, ...], split: Split) -> list[str]:
