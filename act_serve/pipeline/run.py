@@ -77,7 +77,7 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
     source, source_key = _source(job)
     calibration = job.examples("train", profile.localize.calibration_items)
     transferred = _transferred(job, source, source_key, calibration)
-    final = _finetuned(job, transferred)
+    final = _finetuned(job, transferred, source)
     evidence = _evidence(job, source, source_key, transferred, final, store, examples_hash(calibration))
     deltas = load_deltas(final.folder)
     folder = publish(profile=profile, base=job.base, source=source, deltas=deltas, evidence=evidence, store=store)
@@ -152,7 +152,7 @@ def _transferred(job: Job, source: Path, source_key: str, calibration: list[Exam
     return job.keep("transfer", {"rows": chosen.key, "strength": strength}, differences)
 
 
-def _finetuned(job: Job, transferred: Stage) -> Stage:
+def _finetuned(job: Job, transferred: Stage, source: Path) -> Stage:
     settings, profile = job.profile.finetune, job.profile
     if settings.steps == 0:
         return transferred
@@ -168,7 +168,13 @@ def _finetuned(job: Job, transferred: Stage) -> Stage:
     def make(folder: Path, report: Report) -> None:
         deltas = load_deltas(transferred.folder)
         tuned = finetune(
-            base=job.base, deltas=deltas, lessons=lessons, settings=settings, seed=profile.seed, report=report
+            base=job.base,
+            source=source,
+            deltas=deltas,
+            lessons=lessons,
+            settings=settings,
+            seed=profile.seed,
+            report=report,
         )
         save_deltas(folder, tuned)
 

@@ -42,9 +42,9 @@ def answer_loss(model: Any, batch: Batch) -> Tensor:
     return cross_entropy(logits_NV, batch.targets_N.to(logits_NV.device))
 
 
-def drift_from(base_NV: Tensor, tuned_NV: Tensor) -> Tensor:
-    """KL(base ‖ tuned), mean over the N positions: 0 where the tuned model answers exactly as the base does."""
-    return kl_div(log_softmax(tuned_NV, -1), log_softmax(base_NV, -1), log_target=True, reduction="batchmean")
+def divergence(wanted_NV: Tensor, tuned_NV: Tensor) -> Tensor:
+    """KL(wanted ‖ tuned), mean over the N positions: 0 where the tuned model answers exactly as the wanted one."""
+    return kl_div(log_softmax(tuned_NV, -1), log_softmax(wanted_NV, -1), log_target=True, reduction="batchmean")
 
 
 def training_batches(items: Sequence[Encoded], size: int, pad_id: int, seed: int) -> Iterator[Batch]:
