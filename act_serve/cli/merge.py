@@ -53,11 +53,12 @@ def merge(
 
     from act_serve.abilities.store import Store
     from act_serve.delta.composition import check_name
+    from act_serve.errors import RequestError
     from act_serve.pipeline.merge_abilities import merge_parts, publish_merged, read_parts
 
     recipe = _recipe(what, method, density, seed)
     if out is None and not dry_run:
-        raise typer.BadParameter("name the new ability, or the folder with --to hf, or ask for a --dry-run")
+        raise RequestError("name the new ability, or with --to hf the folder to write, or ask for a --dry-run")
     if out is not None and to == "ability":
         check_name(out)
     parts = read_parts(recipe, Store(store))

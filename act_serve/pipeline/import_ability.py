@@ -50,4 +50,6 @@ def _change(source: str, base: Path) -> Iterator[tuple[Given, dict[str, Any]]]:
         return
     folder = resolve_model(source)
     with checkpoint_change(base, folder) as given:
-        yield given, {"source": source, "source_fingerprint": fingerprint_model(folder)}
+        named = Path(source).expanduser()
+        label = named.resolve().name if named.exists() else source
+        yield given, {"source": label, "source_fingerprint": fingerprint_model(folder)}

@@ -40,7 +40,10 @@ class Ingredient(_Section):
 
 
 class Recipe(_Section):
-    """A merge. `parameters.density` holds where an ability says none; `dtype` is of a merged checkpoint."""
+    """A merge. `parameters.density` holds where an ability says none.
+
+    `base_model` and `dtype` are for a merged checkpoint; a merged ability has its parents' base.
+    """
 
     merge_method: Annotated[str, BeforeValidator(_known_method)]
     models: Annotated[tuple[Ingredient, ...], Field(min_length=1)]

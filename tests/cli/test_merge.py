@@ -87,6 +87,7 @@ def test_a_wrong_recipe_is_explained(home: Path, change: tuple[str, str], messag
 @pytest.mark.parametrize(
     "words",
     [
+        ("one+two",),
         ("one+one", "both"),
         ("one+nobody", "both"),
         ("one*0+two", "both"),

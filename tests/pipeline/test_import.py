@@ -256,5 +256,7 @@ def test_the_command_says_what_was_kept(base: Path, tmp_path: Path) -> None:
     assert "checkpoint: kept every changed row" in said
     shown = call("inspect", tmp_path / "abilities" / "planted" / "1")
     assert "checkpoint, every changed row kept, relative error" in shown
+    assert "source" in shown
+    assert str(tmp_path) not in shown
     with pytest.raises(DataError, match="holds no row"):
         call("import", tmp_path / "source", "none", *common, "--p", 0.000001)
