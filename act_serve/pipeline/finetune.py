@@ -1,26 +1,20 @@
 """Light fine-tuning: trains only the transferred rows, so that what comes out is still a sparse delta."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from act_serve.delta.artifact import ModuleDelta
 from act_serve.errors import BuildError
-from act_serve.models.answering import answer_logits
 from act_serve.models.examples import Example, encode
 from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.models.row_delta import RowDeltas
-from act_serve.pipeline.training import (
-    Report,
-    Schedule,
-    divergence,
-    optimise,
-    training_batches,
-)
+from act_serve.pipeline.row_lesson import Course, RowLesson
+from act_serve.pipeline.row_trainer import RowTrainer, training_arguments
+from act_serve.pipeline.training import Report, Schedule
 from act_serve.profile.schema import FineTune
 
 
@@ -41,47 +35,31 @@ def finetune(
     seed: int,
     report: Report,
     source: Path | None = None,
+    checkpoints: Path | None = None,
 ) -> dict[str, ModuleDelta]:
     """Returns the deltas after `settings.steps` steps on the rows alone; biases stay as transferred.
 
-    The loss is the answer's NLL plus `retention.weight` times KL(base ‖ tuned) on the retained text.
-    Raises BuildError when training diverges.
+    The loss is that of `RowLesson`; `source` is needed where it distils. With `checkpoints`, a folder, an interrupted
+    run goes on from its last tenth. Raises BuildError when the loss is not finite.
     """
-    torch.manual_seed(seed)
-    model, tokenizer = load_model(base), load_tokenizer(base)
-    teacher = load_model(_needed(source)) if settings.loss == "distill" else None
-    tuned = RowDeltas(deltas)
-    pad = tokenizer.pad_token_id or 0
-    ability = training_batches(
-        [encode(tokenizer, example) for example in lessons.ability], settings.batch_size, pad, seed
-    )
-    retention = settings.retention if lessons.retained else None
-    kept = training_batches(
-        [encode(tokenizer, example) for example in lessons.retained],
-        retention.items_per_step if retention else 1,
-        pad,
-        seed,
-    )
-
-    def loss() -> Tensor:
-        batch = next(ability)
-        logits_NV = answer_logits(model, batch)
-        value = cross_entropy(logits_NV, batch.targets_N.to(logits_NV.device))
-        if teacher is not None:
-            with torch.no_grad():
-                taught_NV = answer_logits(teacher, batch)
-            share = settings.distill_weight
-            value = (1 - share) * value + share * divergence(taught_NV, logits_NV)
-        value.backward()
-        if retention is not None:
-            batch = next(kept)
-            with torch.no_grad(), tuned.bare():
-                base_NV = answer_logits(model, batch)
-            (retention.weight * divergence(base_NV, answer_logits(model, batch))).backward()
-        return value.detach()
-
-    with tuned.attached(model):
-        optimise(tuned.parameters(), loss, Schedule(settings.steps, settings.learning_rate), report)
+    with tempfile.TemporaryDirectory() as unused:
+        folder = checkpoints or Path(unused)
+        arguments = training_arguments(folder, settings, seed, checkpoints=checkpoints is not None)
+        torch.manual_seed(seed)
+        model, tokenizer = load_model(base), load_tokenizer(base)
+        teacher = load_model(_needed(source)) if settings.loss == "distill" else None
+        tuned = RowDeltas(deltas)
+        course = Course(
+            [encode(tokenizer, example) for example in lessons.ability],
+            [encode(tokenizer, example) for example in lessons.retained] if settings.retention else [],
+            settings=settings,
+            pad_id=tokenizer.pad_token_id or 0,
+            seed=seed,
+            batches=settings.steps * settings.gradient_accumulation * arguments.world_size,
+        )
+        schedule = Schedule(settings.steps, settings.learning_rate)
+        with tuned.attached(model):
+            RowTrainer(RowLesson(model, teacher, tuned, settings), course, arguments, schedule).run(report)
     return tuned.export()
 
 

@@ -1,17 +1,23 @@
-"""Trains an ability model from the base, densely, for when no ready-made one exists."""
+"""Trains an ability model from the base, densely, for when no ready-made one exists.
+
+A small loop rather than transformers' Trainer: float32 masters stand beside bf16 weights, so that the gradients and
+the model take two bytes a parameter each.
+"""
 
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from act_serve.errors import BuildError
 from act_serve.models.examples import Example, encode
 from act_serve.models.families import channel_modules
 from act_serve.models.loading import load_model, load_tokenizer
-from act_serve.pipeline.training import Report, Schedule, answer_loss, optimise, training_batches
+from act_serve.pipeline.training import BETAS, CLIP_NORM, Report, Schedule, answer_loss, training_batches
 from act_serve.profile.schema import TrainSource
 
 
@@ -44,6 +50,26 @@ def train_source(
     _copy(masters, weights)
     _save(model, tokenizer, folder)
     return folder
+
+
+def optimise(parameters: Sequence[Tensor], loss: Callable[[], Tensor], schedule: Schedule, report: Report) -> None:
+    """Runs AdamW over float32 `parameters`; `loss` makes one step's loss and must leave gradients on them.
+
+    Raises BuildError when the loss is not finite.
+    """
+    optimiser = torch.optim.AdamW(parameters, lr=0.0, betas=BETAS, weight_decay=0.0)
+    losses: list[float] = []
+    for step in range(schedule.steps):
+        value = loss()
+        losses.append(float(value))
+        if not torch.isfinite(value):
+            raise BuildError(f"the loss became {losses[-1]} at step {step + 1}; lower the learning rate")
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        for group in optimiser.param_groups:
+            group["lr"] = schedule.rate(step)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        report(step + 1, schedule.steps, f"loss {sum(losses[-10:]) / len(losses[-10:]):.3f}")
 
 
 def _copy(masters: list[Tensor], weights: list[Tensor]) -> None:

@@ -1,26 +1,20 @@
-"""The optimiser loop that dense training and light fine-tuning share.
-
-A small loop rather than transformers' Trainer: logits are made at answer positions only (a third of this model's
-arithmetic is its lm_head), float32 masters stand beside bf16 weights, and the retention term needs a second, bare
-forward inside the step.
-"""
+"""What dense training and light fine-tuning share: the schedule, the order of the data, the loss on answers."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from act_serve.errors import BuildError
 from act_serve.models.answering import answer_logits
 from act_serve.models.examples import Batch, Encoded, collate
 
 Report = Callable[[int, int, str], None]
 WARMUP_STEPS = 8
 CLIP_NORM = 1.0
+BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +41,8 @@ def divergence(wanted_NV: Tensor, tuned_NV: Tensor) -> Tensor:
     return kl_div(log_softmax(tuned_NV, -1), log_softmax(wanted_NV, -1), log_target=True, reduction="batchmean")
 
 
-def training_batches(items: Sequence[Encoded], size: int, pad_id: int, seed: int) -> Iterator[Batch]:
-    """Yields shuffled batches without end; each holds items of alike length, so that little is padded."""
+def training_groups(items: Sequence[Encoded], size: int, seed: int) -> Iterator[list[Encoded]]:
+    """Yields shuffled groups without end; each holds items of alike length, so that little is padded."""
     draw = random.Random(seed)
     while True:
         order = list(items)
@@ -57,26 +51,9 @@ def training_batches(items: Sequence[Encoded], size: int, pad_id: int, seed: int
             window = sorted(order[start : start + size * 16], key=lambda item: len(item.ids))
             groups = [window[at : at + size] for at in range(0, len(window), size)]
             draw.shuffle(groups)
-            yield from (collate(group, pad_id) for group in groups)
+            yield from groups
 
 
-def optimise(parameters: Sequence[Tensor], loss: Callable[[], Tensor], schedule: Schedule, report: Report) -> float:
-    """Runs AdamW over float32 `parameters`; `loss` makes one step's loss and must leave gradients on them.
-
-    Returns the mean loss of the last tenth of the steps. Raises BuildError when the loss is not finite.
-    """
-    optimiser = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    losses: list[float] = []
-    for step in range(schedule.steps):
-        value = loss()
-        losses.append(float(value))
-        if not torch.isfinite(value):
-            raise BuildError(f"the loss became {losses[-1]} at step {step + 1}; lower the learning rate")
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
-        for group in optimiser.param_groups:
-            group["lr"] = schedule.rate(step)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        report(step + 1, schedule.steps, f"loss {sum(losses[-10:]) / len(losses[-10:]):.3f}")
-    last = losses[-max(1, len(losses) // 10) :]
-    return sum(last) / len(last)
+def training_batches(items: Sequence[Encoded], size: int, pad_id: int, seed: int) -> Iterator[Batch]:
+    """Yields the groups of `training_groups` as padded batches."""
+    return (collate(group, pad_id) for group in training_groups(items, size, seed))

@@ -12,7 +12,8 @@ from act_serve.models.examples import Encoded, Example, collate
 from act_serve.models.loading import load_model
 from act_serve.models.row_delta import RowDeltas
 from act_serve.pipeline.finetune import Lessons, finetune
-from act_serve.pipeline.training import Schedule, optimise
+from act_serve.pipeline.train_source import optimise
+from act_serve.pipeline.training import Schedule
 from act_serve.profile.schema import FineTune, Retention
 from tests.tiny_models import make_llama, make_qwen
 

@@ -1,0 +1,92 @@
+"""transformers' Trainer, set up for rows: a checkpoint holds the rows and their optimiser state alone."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from act_serve.errors import BuildError
+from act_serve.pipeline.row_lesson import Course, RowLesson
+from act_serve.pipeline.training import BETAS, CLIP_NORM, Report, Schedule
+from act_serve.profile.schema import FineTune
+
+CHECKPOINTS_PER_RUN = 10
+
+
+def training_arguments(folder: Path, settings: FineTune, seed: int, *, checkpoints: bool) -> TrainingArguments:
+    """What Trainer is told; a batch of a `Course` counts as one item, and nothing is logged but to the progress bar."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        max_grad_norm=CLIP_NORM,
+        save_strategy="steps" if checkpoints else "no",
+        save_steps=max(1, settings.steps // CHECKPOINTS_PER_RUN),
+        save_total_limit=1,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,  # a loss that is not finite ends the build instead
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        seed=seed,
+    )
+    # One process trains on one device; more devices are used by one process each (accelerate launch).
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+class RowTrainer(Trainer):
+    """Trains a `RowLesson` on a `Course` in its order; raises BuildError when the loss is not finite."""
+
+    def __init__(self, lesson: RowLesson, course: Course, arguments: TrainingArguments, schedule: Schedule) -> None:
+        lesson.to(arguments.device)
+        rows = torch.optim.AdamW(lesson.parameters(), lr=1.0, betas=BETAS, weight_decay=0.0)
+        super().__init__(
+            model=lesson,
+            args=arguments,
+            train_dataset=course,
+            data_collator=lambda batches: batches[0],
+            optimizers=(rows, LambdaLR(rows, schedule.rate)),
+        )
+        self.remove_callback(PrinterCallback)
+        self.losses: list[float] = []
+
+    def run(self, report: Report) -> None:
+        """Trains to the end, from the last whole checkpoint where there is one."""
+        self.add_callback(_Progress(self.losses, report))
+        self.train(resume_from_checkpoint=_last_whole(Path(str(self.args.output_dir))))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.losses.append(self.args.gradient_accumulation_steps * float(loss))
+        if not torch.isfinite(loss):
+            raise BuildError(
+                f"fine-tuning stopped: the loss became {self.losses[-1]} at step {self.state.global_step + 1}; "
+                "lower finetune.learning_rate or transfer.strength. Earlier stages are kept"
+            )
+        return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+def _last_whole(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: Trainer writes its own state last."""
+    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+    return str(states[-1].parent) if states else None
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, losses: list[float], report: Report) -> None:
+        self._losses, self._report = losses, report
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_more: Any) -> None:
+        last = self._losses[-10:]
+        self._report(state.global_step, state.max_steps, f"loss {sum(last) / len(last):.3f}")

@@ -1,0 +1,149 @@
+"""Training of rows: resumed runs end where uninterrupted ones do, and checkpoints hold the rows alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from act_serve.delta.artifact import ModuleDelta
+from act_serve.errors import BuildError
+from act_serve.models.answering import answer_logits
+from act_serve.models.examples import Example, collate, encode
+from act_serve.models.loading import load_model, load_tokenizer
+from act_serve.models.row_delta import RowDeltas
+from act_serve.pipeline.finetune import Lessons, finetune
+from act_serve.pipeline.training import Report, divergence
+from act_serve.profile.schema import FineTune, Retention
+from tests.tiny_models import make_llama, plant
+
+UP = "model.layers.0.mlp.up_proj"
+DOWN = "model.layers.1.mlp.down_proj"
+LESSONS = Lessons([Example("say", text) for text in ("abcabc", "xyz", "hello there")], [Example(None, "plain text")])
+RETENTION = Retention(weight=0.5, items_per_step=1)
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a build in the middle."""
+
+
+def zeros(rows: int) -> dict[str, ModuleDelta]:
+    index = torch.arange(rows, dtype=torch.int32)
+    return {UP: ModuleDelta(index, torch.zeros(rows, 32), None), DOWN: ModuleDelta(index, torch.zeros(rows, 64), None)}
+
+
+def silent(_done: int, _total: int, _remark: str) -> None:
+    pass
+
+
+def stop_after(steps: int) -> Report:
+    def report(done: int, _total: int, _remark: str) -> None:
+        if done == steps:
+            raise Interrupted
+
+    return report
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, accumulation: int) -> None:
+    base = make_llama(tmp_path / "base")
+    settings = FineTune(
+        steps=20, batch_size=2, learning_rate=1e-2, gradient_accumulation=accumulation, retention=RETENTION
+    )
+    folder = tmp_path / "checkpoints"
+
+    def run(report: Report, checkpoints: Path | None) -> dict[str, ModuleDelta]:
+        return finetune(
+            base=base,
+            deltas=zeros(8),
+            lessons=LESSONS,
+            settings=settings,
+            seed=3,
+            report=report,
+            checkpoints=checkpoints,
+        )
+
+    whole = run(silent, None)
+    with pytest.raises(Interrupted):
+        run(stop_after(13), folder)
+    (kept,) = folder.iterdir()
+    assert kept.name == "checkpoint-12"
+    saved = load_file(kept / "model.safetensors")
+    assert sum(tensor.numel() for tensor in saved.values()) == 8 * (32 + 64)
+    (folder / "checkpoint-14").mkdir()  # one that was being written when the machine went down
+    steps: list[int] = []
+    resumed = run(lambda done, _total, _remark: steps.append(done), folder)
+    assert steps == list(range(13, 21))
+    assert all(torch.equal(resumed[name].delta, whole[name].delta) for name in whole)
+    assert all(delta.delta.abs().sum() > 0 for delta in whole.values())
+
+
+def test_accumulated_batches_count_as_one(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    lessons = Lessons([Example("say", "abcdef")], [])
+    tuned = [
+        finetune(
+            base=base,
+            deltas=zeros(8),
+            lessons=lessons,
+            settings=FineTune(steps=3, batch_size=1, learning_rate=1e-2, gradient_accumulation=count),
+            seed=0,
+            report=silent,
+        )
+        for count in (1, 4)
+    ]
+    torch.testing.assert_close(tuned[0][UP].delta, tuned[1][UP].delta, rtol=1e-4, atol=1e-6)
+
+
+def test_distilled_rows_answer_as_the_source_does(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    plant(base, tmp_path / "source", p=0.5, scale=0.5)
+    model, source, tokenizer = (
+        load_model(base),
+        load_model(tmp_path / "source"),
+        load_tokenizer(base),
+    )
+    batch = collate([encode(tokenizer, example) for example in LESSONS.ability], 2)
+    settings = FineTune(steps=40, batch_size=3, learning_rate=1e-2, loss="distill", distill_weight=1.0)
+    tuned = finetune(
+        base=base,
+        source=tmp_path / "source",
+        deltas=zeros(32),
+        lessons=LESSONS,
+        settings=settings,
+        seed=0,
+        report=silent,
+    )
+    with torch.no_grad():
+        wanted = answer_logits(source, batch)
+        before = divergence(wanted, answer_logits(model, batch))
+        with RowDeltas(tuned).attached(model):
+            after = divergence(wanted, answer_logits(model, batch))
+    assert after < 0.5 * before
+
+
+def test_distillation_needs_the_source(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    with pytest.raises(BuildError, match="needs the source model"):
+        finetune(
+            base=base,
+            deltas=zeros(2),
+            lessons=LESSONS,
+            settings=FineTune(steps=1, loss="distill"),
+            seed=0,
+            report=silent,
+        )
+
+
+def test_a_loss_that_is_not_finite_ends_the_build(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    broken = {UP: ModuleDelta(torch.tensor([0], dtype=torch.int32), torch.full((1, 32), torch.nan), None)}
+    with pytest.raises(BuildError, match=r"became nan at step 1; lower finetune\.learning_rate"):
+        finetune(
+            base=base,
+            deltas=broken,
+            lessons=Lessons(LESSONS.ability, []),
+            settings=FineTune(steps=2),
+            seed=0,
+            report=silent,
+        )
