@@ -11,6 +11,18 @@ WorkOption = Annotated[
     Path | None, typer.Option("--work", help="Folder of the unfinished builds. Default: builds/ under $ACT_SERVE_HOME.")
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: all cores.")]
+RayOption = Annotated[
+    bool,
+    typer.Option(
+        "--ray",
+        help="Build all at once on a Ray cluster, one per GPU or share of the CPUs: on $RAY_ADDRESS, a cluster that "
+        "runs here, or a Ray of its own. --store and --work (or $ACT_SERVE_HOME) must be on storage that all its "
+        "machines share under the same path.",
+    ),
+]
+RayAddressOption = Annotated[
+    str | None, typer.Option("--ray-address", help="Ray cluster, HOST:PORT or `local`; means --ray.")
+]
 PlanOption = Annotated[bool, typer.Option("--plan", help="Only show the plan.")]
 
 
@@ -20,6 +32,8 @@ def build_delta(
     work: WorkOption = None,
     threads: ThreadsOption = None,
     plan: PlanOption = False,
+    ray: RayOption = False,
+    ray_address: RayAddressOption = None,
 ) -> None:
     """Build abilities from their profiles and publish them in the store.
 
@@ -38,12 +52,17 @@ def build_delta(
     from act_serve.pipeline.run import build, show_plan
 
     _quieten(threads)
+    builds = work or cache_home() / "builds"
+    if (ray or ray_address) and not plan:
+        from act_serve.cli.ray_builds import build_with_ray
+
+        raise typer.Exit(build_with_ray(loaded, store=store, work=builds, address=ray_address))
     screen = Screen(Console())
     for profile in loaded:
         if plan:
             show_plan(profile, screen)
         else:
-            build(profile, store=Store(store), work=(work or cache_home() / "builds") / profile.name, screen=screen)
+            build(profile, store=Store(store), work=builds / profile.name, screen=screen)
 
 
 def _require_build_extra() -> None:

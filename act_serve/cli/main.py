@@ -21,7 +21,17 @@ from act_serve.errors import ActServeError, MissingExtraError
 
 # What each extra of the package brings, for the message when it is missing.
 EXTRAS = {
-    "build": ("accelerate", "filelock", "gguf", "jinja2", "matplotlib", "sacrebleu", "safetensors", "torch", "transformers"),
+    "build": (
+        "accelerate",
+        "filelock",
+        "gguf",
+        "jinja2",
+        "matplotlib",
+        "sacrebleu",
+        "safetensors",
+        "torch",
+        "transformers",
+    ),
     "serve": (
         "aiohttp",
         "fastapi",
