@@ -9,7 +9,8 @@
     ├── ModelError                 a model folder cannot be read or is of an unsupported family
     │   └── PairMismatchError      base and ability model are not the same architecture, tokenizer or shapes
     ├── BuildError                 a build could not finish
-    │   └── RetentionError         the delta costs a retained task more than its profile allows
+    │   ├── RetentionError         the delta costs a retained task more than its profile allows
+    │   └── GainError              no share of channels keeps enough of what the source model gained
     ├── StoreError                 the ability store cannot be read or written
     ├── ArtifactError              an ability artifact cannot be used
     │   ├── ArtifactDamagedError   files, hashes, shapes or rows are not what the manifest promises
@@ -79,6 +80,12 @@ class BuildError(ActServeError):
 
 class RetentionError(BuildError):
     """The delta costs a retained task more than the profile allows; nothing was published."""
+
+    exit_code = 4
+
+
+class GainError(BuildError):
+    """No share of channels that was tried keeps enough of the source model's gain; nothing was published."""
 
     exit_code = 4
 

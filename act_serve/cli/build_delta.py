@@ -1,9 +1,12 @@
 """`act-serve build-delta`: from profiles to published abilities."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from act_serve.profile.schema import Profile
 
 ProfilesArgument = Annotated[list[Path], typer.Argument(help="Ability profiles, built one after the other.")]
 StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store to publish into.")]
@@ -23,6 +26,15 @@ RayOption = Annotated[
 RayAddressOption = Annotated[
     str | None, typer.Option("--ray-address", help="Ray cluster, HOST:PORT or `local`; means --ray.")
 ]
+KeepOption = Annotated[
+    float | None,
+    typer.Option(
+        "--keep",
+        min=0.01,
+        max=1.0,
+        help="Find the smallest share of channels that keeps this share of the source model's gain, such as 0.95.",
+    ),
+]
 PlanOption = Annotated[bool, typer.Option("--plan", help="Only show the plan.")]
 
 
@@ -32,17 +44,19 @@ def build_delta(
     work: WorkOption = None,
     threads: ThreadsOption = None,
     plan: PlanOption = False,
+    keep: KeepOption = None,
     ray: RayOption = False,
     ray_address: RayAddressOption = None,
 ) -> None:
     """Build abilities from their profiles and publish them in the store.
 
     An interrupted build goes on where it stopped. Nothing is published when an ability costs a retained task more
-    than its profile allows.
+    than its profile allows, or keeps less of the source model's gain than --keep asks for.
     """
     from act_serve.profile.load import load_profile
 
-    loaded = [load_profile(path) for path in profiles]  # all are checked before the first minute is spent
+    # All are checked before the first minute is spent.
+    loaded = [_searching(load_profile(path), keep) for path in profiles]
     _require_build_extra()
     from rich.console import Console
 
@@ -63,6 +77,16 @@ def build_delta(
             show_plan(profile, screen)
         else:
             build(profile, store=Store(store), work=builds / profile.name, screen=screen)
+
+
+def _searching(profile: "Profile", keep: float | None) -> "Profile":
+    """The profile with the share to keep that the command line asks for."""
+    from act_serve.profile.schema import Search
+
+    if keep is None:
+        return profile
+    search = profile.search or Search()
+    return profile.model_copy(update={"search": search.model_copy(update={"keep": keep})})
 
 
 def _require_build_extra() -> None:

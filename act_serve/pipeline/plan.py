@@ -48,12 +48,17 @@ def make_plan(profile: Profile, base: Path, sample: list[Example]) -> Plan:
         peak = max(peak, model_bytes + linear * DENSE_BYTES)
     items = profile.localize.calibration_items
     stages.append(PlannedStage("calibrate", f"compare both models on {items} answers", 2 * items * seconds_per_item))
-    share = f"{profile.localize.p:.1%} of the linear parameters by {profile.localize.ranking}"
-    stages.append(PlannedStage("localize", share, 1.0))
-    stages.append(PlannedStage("transfer", f"copy these rows' differences, λ = {profile.transfer.strength:g}", 1.0))
+    search = profile.search
+    shares = " or ".join(f"{p:.1%}" for p in (sorted(search.p) if search else (profile.localize.p,)))
+    ranked = f"{shares} of the linear parameters by {profile.localize.ranking}"
+    stages.append(PlannedStage("localize", ranked, 1.0))
+    strengths = " or ".join(f"{strength:g}" for strength in profile.transfer.strengths)
+    stages.append(PlannedStage("transfer", f"copy these rows' differences, λ = {strengths}", 1.0))
     if tune.steps:
         kept = RETENTION_STEP * tune.retention.items_per_step if tune.retention else 0.0
-        seconds = (ROWS_STEP * tune.batch_size + kept) * seconds_per_item * tune.steps
+        taught = 1.0 if tune.loss == "distill" else 0.0
+        batches = tune.steps * tune.gradient_accumulation * (len(search.p) if search else 1)
+        seconds = ((ROWS_STEP + taught) * tune.batch_size + kept) * seconds_per_item * batches
         stages.append(PlannedStage("finetune", f"train the rows alone, {tune.steps} steps", seconds))
     tasks = (*profile.score, *profile.retain)
     what = ", ".join(f"{task.name} ({task.items})" for task in tasks)

@@ -90,7 +90,7 @@ def _localization(profile: Profile, calibration: str) -> Localization:
     return Localization(
         ranking=profile.localize.ranking,
         p=profile.localize.p,
-        strength=profile.transfer.strength,
+        strength=profile.transfer.strengths[0],
         seed=profile.seed,
         calibration=calibration,
         fine_tune_steps=profile.finetune.steps,

@@ -11,18 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from act_serve.errors import BuildError
+from act_serve.pipeline.peak_memory import forget_peak, peak_bytes
 
 RECORD = "record.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A finished stage: its files are in `folder`; `key` names its inputs and so everything in it."""
+    """A finished stage: its files are in `folder`; `key` names its inputs and so everything in it.
+
+    `peak_bytes` is the most memory held while it was made, 0 where that is not known.
+    """
 
     folder: Path
     key: str
     seconds: float
+    peak_bytes: int
     resumed: bool
+
+
+def stage_key(inputs: Mapping[str, Any]) -> str:
+    """The name of everything that a stage with these `inputs` makes."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def run_stage(work: Path, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Stage:
@@ -32,19 +42,21 @@ def run_stage(work: Path, name: str, inputs: Mapping[str, Any], make: Callable[[
     empty folder that it is given; the stage appears only when it is complete. Raises BuildError when the disk is
     full or not writable.
     """
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    key = stage_key(inputs)
     folder = work / name
     kept = _record(folder)
     if kept.get("key") == key:
-        return Stage(folder, key, float(kept["seconds"]), resumed=True)
+        return Stage(folder, key, float(kept["seconds"]), int(kept.get("peak_bytes", 0)), resumed=True)
     staging = work / f".{name}.{os.getpid()}"
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
+        forget_peak()
         start = time.monotonic()
         make(staging)
         seconds = time.monotonic() - start
-        record = {"key": key, "seconds": round(seconds, 1), "inputs": dict(inputs)}
+        peak = peak_bytes()
+        record = {"key": key, "seconds": round(seconds, 1), "peak_bytes": peak, "inputs": dict(inputs)}
         (staging / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
@@ -52,7 +64,7 @@ def run_stage(work: Path, name: str, inputs: Mapping[str, Any], make: Callable[[
         raise BuildError(f"stage {name} could not be kept in {work}: {exc}; earlier stages are safe") from exc
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return Stage(folder, key, seconds, resumed=False)
+    return Stage(folder, key, seconds, peak, resumed=False)
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -67,7 +67,11 @@ def _explain(path: Path, error: ValidationError, lines: dict[tuple[str, ...], in
 
 def _with_absolute_files(profile: Profile, folder: Path) -> Profile:
     def absolute(data: Data) -> Data:
-        named = {key: str((folder / value).resolve()) for key in ("train", "test") if (value := getattr(data, key))}
+        named = {
+            key: str((folder / value).resolve())
+            for key in ("train", "validation", "test")
+            if (value := getattr(data, key))
+        }
         return data.model_copy(update=named)
 
     score = tuple(task.model_copy(update={"data": absolute(task.data)}) for task in profile.score)

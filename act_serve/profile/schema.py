@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Ranking = Literal["activation_global", "activation_per_module", "weight_relative", "weight_per_module", "random"]
 Metric = Literal["exact_match", "json_fields", "final_number", "chrf", "language_share", "nll", "perplexity"]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Strength = Annotated[float, Field(gt=0.0, le=4.0)]
 Count = Annotated[int, Field(ge=1)]
 LearningRate = Annotated[float, Field(gt=0.0, le=0.1)]
 
@@ -19,12 +20,13 @@ class Data(_Section):
     """Where examples come from: a data set that act-serve can make, or JSONL files.
 
     A JSONL line is `{"prompt": ..., "answer": ...}` or `{"text": ...}`. `train` and `test` are paths relative to the
-    profile's folder.
+    profile's folder; so is `validation`, without which 5 % of the training lines are held out.
     """
 
     maker: str | None = None
     options: dict[str, Any] = {}
     train: str | None = None
+    validation: str | None = None
     test: str | None = None
 
     @model_validator(mode="after")
@@ -65,9 +67,19 @@ class Localize(_Section):
 
 
 class Transfer(_Section):
-    """`strength` is the λ of W + λ·ΔW."""
+    """`strength` is the λ of W + λ·ΔW, or a list, of which the best on validation data is taken.
 
-    strength: float = Field(default=1.0, gt=0.0, le=4.0)
+    Best `by` the NLL of the first `score` task, or by its own `metric`, on `validation_items` examples, before the
+    rows are trained.
+    """
+
+    strength: Strength | Annotated[tuple[Strength, ...], Field(min_length=1)] = 1.0
+    by: Literal["nll", "metric"] = "nll"
+    validation_items: Count = 100
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        return self.strength if isinstance(self.strength, tuple) else (self.strength,)
 
 
 class Retention(_Section):
@@ -93,6 +105,19 @@ class FineTune(_Section):
     loss: Literal["data", "distill"] = "data"
     distill_weight: Share = 0.5
     retention: Retention | None = None
+
+
+class Search(_Section):
+    """The smallest `p` that keeps the share `keep` of the source's gain on every `score` task, on validation data.
+
+    The gain is (delta - base) / (source - base), by the task's metric and by its NLL, on `items` examples each. The
+    search ends at the first p that keeps it, or with `whole_curve` goes through all.
+    """
+
+    keep: Share = 0.95
+    p: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.01, 0.02, 0.05, 0.1)
+    items: Count = 100
+    whole_curve: bool = False
 
 
 class Task(_Section):
@@ -142,6 +167,7 @@ class Profile(_Section):
     localize: Localize = Localize()
     transfer: Transfer = Transfer()
     finetune: FineTune = FineTune()
+    search: Search | None = None
     score: tuple[Task, ...] = Field(min_length=1)
     retain: tuple[RetainedTask, ...] = ()
 

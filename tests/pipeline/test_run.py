@@ -16,6 +16,7 @@ from act_serve.models.answering import answers
 from act_serve.models.examples import Example
 from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.pipeline import run as line
+from act_serve.pipeline import tuned_rows
 from act_serve.pipeline.measure import measure, questions_of
 from act_serve.pipeline.progress import Screen
 from act_serve.profile.load import load_profile
@@ -100,7 +101,7 @@ def test_interrupted_build_goes_on(tmp_path: Path, pair: dict[str, list[int]], m
         raise BuildError("interrupted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(line, "finetune", fails)
+        patch.setattr(tuned_rows, "finetune", fails)
         with pytest.raises(BuildError):
             build(tmp_path, path)
     assert not (tmp_path / "store").exists()

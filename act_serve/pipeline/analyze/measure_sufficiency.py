@@ -1,22 +1,19 @@
 """Runs the measurements of sufficiency: transfers, light fine-tunings and their scores over several p."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
-from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.pipeline.analyze.subject import Subject
 from act_serve.pipeline.analyze.sufficiency import CHOSEN, CHOSEN_TUNED, RANDOM, RANDOM_TUNED, Sufficiency, curve
-from act_serve.pipeline.datasets.catalogue import examples_hash
+from act_serve.pipeline.candidate import Candidate, Origin, make_candidate, scored_rows
 from act_serve.pipeline.evaluate import Question
-from act_serve.pipeline.finetune import Lessons, finetune
-from act_serve.pipeline.measure import Deltas, Scores, load_scores, measure, questions_key, questions_of, save_scores
-from act_serve.pipeline.run import _retained_text
+from act_serve.pipeline.job import Job
+from act_serve.pipeline.measure import Scores, questions_of
+from act_serve.pipeline.scored_stage import scored
 from act_serve.pipeline.scorers import HIGHER_IS_BETTER
-from act_serve.pipeline.stage_files import load_deltas, save_deltas
-from act_serve.pipeline.stages import Stage
-from act_serve.pipeline.training import Report
-from act_serve.pipeline.transfer import transfer
-from act_serve.profile.schema import Ranking
+from act_serve.profile.schema import Localize
+
+RANDOM_WORK = "random-rows"
 
 
 def measure_sufficiency(
@@ -24,87 +21,56 @@ def measure_sufficiency(
 ) -> list[Sufficiency]:
     """Scores the profile's own tasks, on at most `items` examples each, with the top p of the rows for every p."""
     profile = subject.job.profile
-    questions = [
-        Question(each.task, each.examples[:items]) for each in questions_of(profile.model_copy(update={"retain": ()}))
-    ]
-    base, source = _ends(subject, questions)
+    asked = questions_of(profile.model_copy(update={"retain": ()}))
+    questions = [Question(each.task, each.examples[:items]) for each in asked]
+    chosen = subject.job if finetuned else _untrained(subject.job)
+    ways = ((chosen, CHOSEN, CHOSEN_TUNED), (_at_random(chosen), RANDOM, RANDOM_TUNED))
     curves: dict[str, dict[float, Scores]] = {}
     for p in shares:
-        for ranking, raw, tuned in ((profile.localize.ranking, CHOSEN, CHOSEN_TUNED), ("random", RANDOM, RANDOM_TUNED)):
-            moved = _transferred(subject, ranking, p)
-            curves.setdefault(raw, {})[p] = _scored(subject, moved, questions)
-            if finetuned and profile.finetune.steps:
-                curves.setdefault(tuned, {})[p] = _scored(subject, _tuned(subject, moved), questions)
-    return [
-        Sufficiency(
-            ability=subject.name,
-            task=task.name,
-            metric=task.metric,
-            higher_is_better=HIGHER_IS_BETTER[task.metric],
-            items=len(question.examples),
-            base=base[task.name],
-            source=source[task.name],
-            curves={name: curve({p: scores[task.name] for p, scores in at.items()}) for name, at in curves.items()},
-        )
-        for question in questions
-        for task in (question.task,)
-    ]
+        for job, raw, tuned in ways:
+            made = _candidate(subject, job, p)
+            curves.setdefault(raw, {})[p] = _scores(made, raw, questions)
+            if made.final != made.transferred:
+                curves.setdefault(tuned, {})[p] = _scores(made, tuned, questions)
+    base = scored(subject.job, "score-base", subject.job.base, subject.job.base_key, [], questions)
+    source = scored(subject.job, "score-source", subject.source, subject.source_key, [], questions)
+    return [_record(subject.name, question, base, source, curves) for question in questions]
 
 
-def _transferred(subject: Subject, ranking: Ranking, p: float) -> Stage:
-    settings, strength = subject.job.profile.localize, subject.job.profile.transfer.strength
-    text = examples_hash(subject.calibration)
-    inputs = {"base": _base_key(subject), "source": subject.source_key, "examples": text, "p": p, "ranking": ranking}
-    inputs |= {"settings": settings.model_dump(), "seed": subject.job.profile.seed, "strength": strength}
-
-    def make(folder: Path, _report: Report) -> None:
-        scores = {} if ranking == "random" else subject.differences(subject.calibration, ranking)
-        rows = subject.mask(scores, ranking, p)
-        save_deltas(folder, transfer(base=subject.job.base, source=subject.source, rows=rows, strength=strength))
-
-    return subject.job.keep(f"transfer-{ranking}-{p:g}", inputs, make)
-
-
-def _tuned(subject: Subject, moved: Stage) -> Stage:
-    profile, settings = subject.job.profile, subject.job.profile.finetune
-    lessons = Lessons(subject.job.examples("train", settings.items), _retained_text(profile))
-    inputs = {"transfer": moved.key, "settings": settings.model_dump(), "lessons": _lessons_key(lessons)}
-
-    def make(folder: Path, report: Report) -> None:
-        deltas = load_deltas(moved.folder)
-        tuned = finetune(
-            base=subject.job.base, deltas=deltas, lessons=lessons, settings=settings, seed=profile.seed, report=report
-        )
-        save_deltas(folder, tuned)
-
-    return subject.job.keep(moved.folder.name.replace("transfer", "finetune"), inputs, make)
+def _record(
+    ability: str, question: Question, base: Scores, source: Scores, curves: dict[str, dict[float, Scores]]
+) -> Sufficiency:
+    task = question.task
+    return Sufficiency(
+        ability=ability,
+        task=task.name,
+        metric=task.metric,
+        higher_is_better=HIGHER_IS_BETTER[task.metric],
+        items=len(question.examples),
+        base=base[task.name],
+        source=source[task.name],
+        curves={name: curve({p: scores[task.name] for p, scores in at.items()}) for name, at in curves.items()},
+    )
 
 
-def _ends(subject: Subject, questions: Sequence[Question]) -> tuple[Scores, Scores]:
-    """Scores of the base and of the ability model."""
-    pair = {"base": (subject.job.base, _base_key(subject)), "source": (subject.source, subject.source_key)}
-    base, source = (_measured(subject, name, model, key, [], questions) for name, (model, key) in pair.items())
-    return base, source
+def _candidate(subject: Subject, job: Job, p: float) -> Candidate:
+    """The build's own rows at the profile's p; at another p what the build would make of it."""
+    origin = Origin(subject.source, subject.source_key, list(subject.calibration))
+    return make_candidate(job if p == job.profile.localize.p else job.with_p(p), origin)
 
 
-def _scored(subject: Subject, stage: Stage, questions: Sequence[Question]) -> Scores:
-    deltas = [load_deltas(stage.folder)]
-    return _measured(subject, stage.folder.name, subject.job.base, stage.key, deltas, questions)
+def _scores(made: Candidate, way: str, questions: list[Question]) -> Scores:
+    rows = made.final if way in (CHOSEN_TUNED, RANDOM_TUNED) else made.transferred
+    return scored_rows(made.job, f"score-{rows.folder.name}", rows, questions)
 
 
-def _measured(
-    subject: Subject, name: str, model: Path, key: str, deltas: Sequence[Deltas], questions: Sequence[Question]
-) -> Scores:
-    def make(folder: Path, _report: Report) -> None:
-        save_scores(folder, measure(model, deltas, questions))
-
-    inputs = {"model": key, "questions": questions_key(questions)}
-    return load_scores(subject.job.keep(f"score-{name}", inputs, make).folder)
+def _untrained(job: Job) -> Job:
+    settings = job.profile.finetune.model_copy(update={"steps": 0})
+    return replace(job, profile=job.profile.model_copy(update={"finetune": settings}))
 
 
-def _base_key(subject: Subject) -> str:
-    return fingerprint_model(subject.job.base).model_dump_json()
-
-
-def _lessons_key(lessons: Lessons) -> list[str]:
-    return [examples_hash(lessons.ability), examples_hash(lessons.retained)]
+def _at_random(job: Job) -> Job:
+    """The control: as many parameters in random rows, in a folder of its own so that no stage of the build is lost."""
+    settings = Localize(**{**job.profile.localize.model_dump(), "ranking": "random"})
+    profile = job.profile.model_copy(update={"localize": settings})
+    return replace(job, profile=profile, work=job.work / RANDOM_WORK)

@@ -15,9 +15,10 @@ from act_serve.models.pairs import check_pair
 from act_serve.pipeline.analyze.overlap import Mask
 from act_serve.pipeline.calibrate import calibrate, weight_differences
 from act_serve.pipeline.datasets.catalogue import examples_hash
+from act_serve.pipeline.job import Job
 from act_serve.pipeline.localize import localize
 from act_serve.pipeline.progress import Screen
-from act_serve.pipeline.run import Job, _source
+from act_serve.pipeline.source_model import source_model
 from act_serve.pipeline.stage_files import load_tensors, save_tensors
 from act_serve.profile.schema import Localize, Profile, Ranking
 
@@ -100,6 +101,6 @@ def open_subjects(profiles: Sequence[Profile], builds: Path, screen: Screen) -> 
 def _open(job: Job) -> Subject:
     if job.profile.source.model is not None:
         check_pair(job.base, resolve_model(job.profile.source.model))
-    source, key = _source(job)
+    source, key = source_model(job)
     calibration = job.examples("train", job.profile.localize.calibration_items)
     return Subject(job, source, key, tuple(channel_modules(job.base)), tuple(calibration))

@@ -11,7 +11,7 @@ from act_serve.models.examples import Example
 from act_serve.pipeline.datasets.english_prose import debian_handbook, python_reference
 from act_serve.pipeline.datasets.libreoffice_help import translation_pairs
 from act_serve.pipeline.datasets.order_notes import order_notes
-from act_serve.pipeline.datasets.splits import Split
+from act_serve.pipeline.datasets.splits import Split, split_of
 from act_serve.pipeline.datasets.word_problems import word_problems
 from act_serve.profile.schema import Data
 
@@ -78,10 +78,20 @@ def _checked(data: Data) -> dict[str, Any]:
 
 
 def _from_files(data: Data, split: Split) -> list[Example]:
-    named = data.test if split == "test" else data.train
+    held_out = data.validation is None and split != "test"
+    named = data.train if held_out else getattr(data, split)
     if named is None:
         raise DataError(f"the profile's data names no `{split}` file, which this build needs")
-    return read_examples(Path(named))
+    found = read_examples(Path(named))
+    return _held_out(found, split) if held_out else found
+
+
+def _held_out(examples: list[Example], split: Split) -> list[Example]:
+    """The lines that their hash holds out of the training file for validation, or the others."""
+    part = {example: split_of(example.prompt or example.answer) == "validation" for example in examples}
+    if split == "validation":
+        return [example for example in examples if part[example]]
+    return [example for example in examples if not part[example]] or examples
 
 
 def _example(path: Path, number: int, line: str) -> Example:
