@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from act_serve.models.families import layer_and_projection
+from act_serve.models.families import PROJECTIONS, layer_and_projection
 from act_serve.pipeline.analyze.overlap import Mask
 
 
@@ -32,4 +32,10 @@ def _grid(values: Mapping[str, float]) -> dict[str, dict[int, float]]:
     for name, value in values.items():
         layer, projection = layer_and_projection(name)
         found.setdefault(projection, {})[layer] = value
-    return found
+    return {name: found[name] for name in sorted(found, key=_place)}
+
+
+def _place(projection: str) -> tuple[int, str]:
+    """The modules' order in a layer; others come last."""
+    order = [name.rsplit(".", 1)[-1] for name in PROJECTIONS]
+    return (order.index(projection) if projection in order else len(order), projection)

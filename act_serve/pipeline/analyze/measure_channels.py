@@ -44,12 +44,11 @@ def measure_stability(subject: Subject, shares: Sequence[float]) -> list[Stabili
 
 
 def measure_heat_map(subject: Subject) -> HeatMap:
-    """Sums up Δa and the mask that the profile asks for, by layer and module."""
-    settings = subject.job.profile.localize
-    ranking = subject.text_ranking if settings.ranking == "random" else settings.ranking
+    """Sums up Δa and the mask of the paper's ranking; one that ranks within modules chooses alike in all of them."""
+    p = subject.job.profile.localize.p
     differences = subject.differences(subject.calibration, "activation_global")
-    mask = subject.mask(subject.differences(subject.calibration, ranking), ranking, settings.p)
-    return heat_map(subject.name, differences, mask, ranking=ranking, p=settings.p)
+    mask = subject.mask(differences, "activation_global", p)
+    return heat_map(subject.name, differences, mask, ranking="activation_global", p=p)
 
 
 def _varied(

@@ -26,11 +26,12 @@ def draw_concentration(records: Sequence[Concentration]) -> bytes:
         right.plot(*zip(*record.curve, strict=True), **line)
     left.set_xscale("log")
     plain_log(left)
+    left.set_xlim(left=min(x for record in records for x, above in record.ccdf if above < 0.99 and x > 0))
     left.set_xlabel("x: activation difference Δa (activation units)")
     left.set_ylabel("channels with Δa > x (%)")
     even = [at for at, _ in records[0].curve]
     right.plot(even, even, color=GREY, linestyle=":", label="chance: evenly spread")
-    p_axis(right, (0.001, 0.01, 0.05, 0.2, 1.0), "share of the channels, largest Δa first (%)")
+    p_axis(right, (1e-5, 1e-4, 0.001, 0.01, 0.05, 0.2, 1.0), "share of the channels, largest Δa first (%)")
     per_cent(right, "share of the summed Δa (%)")
     right.legend(frameon=False, loc="upper left")
     return png(figure)

@@ -51,7 +51,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("planted")
     base = make_llama(folder / "base")
     for seed, name in enumerate(("left", "right"), start=1):
-        plant(base, folder / name, p=P, scale=0.3, seed=seed)
+        rows = plant(base, folder / name, p=P, scale=0.3, seed=seed)
+        (folder / f"{name}.rows").write_text(json.dumps(rows))
     return folder
 
 
@@ -73,6 +74,16 @@ def test_planted_rows_carry_the_difference(numbers: dict[str, Any]) -> None:
     for record in numbers["records"]["concentration"]:
         assert record["top_shares"]["0.125"] > 2 * P
         assert record["channels"] == 512
+
+
+def test_chosen_rows_are_the_planted_ones(planted: Path, report: Path) -> None:
+    screen = Screen(Console(file=io.StringIO()))
+    subject = open_subjects([profile(planted, "left", "abcdefgh")], planted / "work", screen)[0]
+    rows = json.loads((planted / "left.rows").read_text())
+    for ranking in ("activation_per_module", "weight_per_module"):
+        mask = subject.mask(subject.differences(subject.calibration, ranking), ranking, P)
+        hits = sum(len(set(rows[name]) & set(mask[name].tolist())) for name in rows)
+        assert hits / sum(map(len, rows.values())) >= 0.95
 
 
 def test_other_rows_overlap_as_chance_has_it(numbers: dict[str, Any]) -> None:
