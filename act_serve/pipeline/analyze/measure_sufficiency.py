@@ -54,9 +54,10 @@ def _record(
 
 
 def _candidate(subject: Subject, job: Job, p: float) -> Candidate:
-    """The build's own rows at the profile's p; at another p what the build would make of it."""
+    """What the build makes at p: its kept stages where it has been there."""
     origin = Origin(subject.source, subject.source_key, list(subject.calibration))
-    return make_candidate(job if p == job.profile.localize.p else job.with_p(p), origin)
+    own = p == job.profile.localize.p and job.profile.search is None  # a search keeps each p apart
+    return make_candidate(job if own else job.with_p(p), origin)
 
 
 def _scores(made: Candidate, way: str, questions: list[Question]) -> Scores:

@@ -157,9 +157,9 @@ def test_builds_stages_are_used(planted: Path, tmp_path: Path) -> None:
     build(trained, store=Store(tmp_path / "store"), work=tmp_path / "work" / "left", screen=screen)
     said.truncate(0)
     subjects = open_subjects([trained], tmp_path / "work", screen)
-    analyze(subjects, Options(skip=frozenset({"disentanglement", "sufficiency", "stability"})))
+    analyze(subjects, Options(shares=(P,), skip=frozenset({"stability"})))
     kept = {line.split()[1] for line in said.getvalue().splitlines() if "kept from" in line}
-    assert kept >= {"source", "calibrate"}
+    assert kept >= {"source", "calibrate", "localize", "transfer", "finetune"}
 
 
 def test_profiles_that_cannot_be_compared(planted: Path, tmp_path: Path) -> None:
