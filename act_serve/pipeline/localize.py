@@ -11,9 +11,9 @@ from torch import Tensor
 
 from act_serve.errors import BuildError
 from act_serve.models.families import ChannelModule
+from act_serve.pipeline.rankings.catalogue import RANKINGS
+from act_serve.pipeline.rankings.random_rows import draw_scores
 from act_serve.profile.schema import Localize
-
-PER_MODULE = frozenset({"activation_per_module", "weight_per_module"})
 
 
 def localize(
@@ -21,13 +21,12 @@ def localize(
 ) -> dict[str, Tensor]:
     """Returns the chosen rows, ascending int32 `[K]` per module name; modules without any are left out.
 
-    `scores` holds `[O]` per module: Δa for the activation rankings, the rows' difference for the weight rankings;
-    a random ranking ignores it. Raises BuildError when the budget is too small for a single row.
+    `scores` holds `[O]` per module, as the ranking's `score` gives it; a random ranking ignores it. Raises BuildError
+    when the budget is too small for a single row.
     """
     if settings.ranking == "random":
-        draw = torch.Generator().manual_seed(seed)
-        scores = {module.name: torch.rand(module.out_features, generator=draw) for module in modules}
-    if settings.ranking in PER_MODULE:
+        scores = draw_scores(modules, seed)
+    if RANKINGS[settings.ranking].per_module:
         rows = {module.name: _top(scores[module.name], round(settings.p * module.out_features)) for module in modules}
     else:
         rows = _top_of_all(modules, scores, settings.p)

@@ -4,7 +4,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Ranking = Literal["activation_global", "activation_per_module", "weight_relative", "weight_per_module", "random"]
+Ranking = Literal[
+    "activation_global",
+    "activation_per_module",
+    "activation_relative",
+    "activation_weight",
+    "gradient",
+    "weight_relative",
+    "weight_per_module",
+    "random",
+]
 Metric = Literal["exact_match", "json_fields", "final_number", "chrf", "language_share", "nll", "perplexity"]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Strength = Annotated[float, Field(gt=0.0, le=4.0)]

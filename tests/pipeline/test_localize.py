@@ -8,7 +8,7 @@ import torch
 from act_serve.errors import BuildError
 from act_serve.models.examples import Example
 from act_serve.models.families import ChannelModule, channel_modules
-from act_serve.pipeline.calibrate import calibrate, weight_differences
+from act_serve.pipeline.calibrate import score_channels
 from act_serve.pipeline.localize import localize
 from act_serve.profile.schema import Localize
 from tests.tiny_models import make_llama, plant
@@ -21,14 +21,14 @@ def recall(planted: dict[str, list[int]], found: dict[str, torch.Tensor]) -> flo
     return hits / sum(map(len, planted.values()))
 
 
-@pytest.mark.parametrize("ranking", ["activation_per_module", "weight_per_module", "weight_relative"])
+@pytest.mark.parametrize(
+    "ranking", ["activation_per_module", "activation_weight", "weight_per_module", "weight_relative"]
+)
 @pytest.mark.parametrize("p", [0.0625, 0.125])
 def test_planted_rows_are_found(tmp_path: Path, ranking: str, p: float) -> None:
     base = make_llama(tmp_path / "base")
     planted = plant(base, tmp_path / "source", p=p, scale=0.3)
-    by_weight = ranking.startswith("weight")
-    pair = {"base": base, "source": tmp_path / "source"}
-    scores = weight_differences(**pair) if by_weight else calibrate(**pair, examples=TEXTS)
+    scores = score_channels(ranking, base=base, source=tmp_path / "source", examples=TEXTS)
     found = localize(channel_modules(base), scores, Localize(ranking=ranking, p=p), seed=0)
     assert recall(planted, found) >= 0.95
 
