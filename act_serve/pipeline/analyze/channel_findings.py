@@ -24,7 +24,7 @@ def concentration_finding(records: Sequence[Concentration]) -> Finding:
         key="concentration",
         title="Concentration",
         verdict=worst([judged(top, holds=0.5, partly=0.25) for top in tops]),
-        criterion="Holds when the top 5 % of the channels carry at least half of the summed Δa; partly from a quarter.",
+        criterion=f"Holds when the top {exact(HEADLINE_P)} of the channels carry at least half of the summed Δa; partly from a quarter.",
         sentences=(
             "The left curve says how many channels differ by more than x between the base and the ability model on the "
             "same answers; the right one how much of the whole difference the channels with the largest carry.",
@@ -86,8 +86,8 @@ def stability_finding(records: Sequence[Stability], p: float) -> Finding:
         key="stability",
         title="Stability",
         verdict=worst([judged(record.share, holds=0.8, partly=0.5) for record in shown]),
-        criterion=f"Holds when at p = {exact(p)} at least 80 % of the channels stay in every comparison; "
-        "partly from 50 %.",
+        criterion=f"Holds when at p = {exact(p)} at least {exact(0.8)} of the channels stay in every "
+        f"comparison; partly from {exact(0.5)}.",
         sentences=(
             "Each curve says how many of the chosen channels stay the same when only the calibration text changes: "
             "other examples, another draw, or other words around the same questions.",

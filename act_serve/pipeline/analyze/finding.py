@@ -41,10 +41,10 @@ def judged(value: float, *, holds: float, partly: float) -> Verdict:
 
 def exact(p: float) -> str:
     """`0.125` as `12.5 %`, for shares that someone chose."""
-    return f"{100 * p:g} %"
+    return f"{100 * p:g}\u00a0%"
 
 
 def percent(share: float) -> str:
     """`0.1234` as `12 %`; one digit more below ten."""
     number = 100 * share
-    return f"{number:.0f} %" if abs(number) >= 9.95 or number == round(number) else f"{number:.1f} %"
+    return f"{number:.0f}\u00a0%" if abs(number) >= 9.95 or number == round(number) else f"{number:.1f}\u00a0%"

@@ -13,7 +13,7 @@ from act_serve.models.families import ChannelModule, channel_modules
 from act_serve.models.loading import resolve_model
 from act_serve.models.pairs import check_pair
 from act_serve.pipeline.analyze.overlap import Mask
-from act_serve.pipeline.calibrate import calibrate, weight_differences
+from act_serve.pipeline.calibrate import score_channels, score_name
 from act_serve.pipeline.datasets.catalogue import examples_hash
 from act_serve.pipeline.job import Job
 from act_serve.pipeline.localize import localize
@@ -57,21 +57,22 @@ class Subject:
         return ranking if ranking in READS_TEXT else "activation_per_module"
 
     def differences(self, examples: Sequence[Example], ranking: Ranking) -> dict[str, Tensor]:
-        """What `ranking` ranks by, `[O]` per module; calibrated on `examples` unless it reads weights alone."""
-        by_weight = ranking not in READS_TEXT
+        """What `ranking` ranks by, `[O]` per module; on `examples` unless it reads weights alone."""
+        score = score_name(ranking)
         text = examples_hash(examples)
         inputs = {
             "base": fingerprint_model(self.job.base).model_dump_json(),
             "source": self.source_key,
-            "by_weight": by_weight,
+            "score": score,
             "examples": text,
         }
-        of_build = by_weight == (self.job.profile.localize.ranking not in READS_TEXT) and text == self._text
-        stage = "calibrate" if of_build else "weights" if by_weight else f"calibrate-{text[:8]}"
+        of_build = score == score_name(self.job.profile.localize.ranking) and text == self._text
+        stage = "calibrate" if of_build else f"{score}-{text[:8]}"
 
         def measure(folder: Path, _report: object) -> None:
-            pair = {"base": self.job.base, "source": self.source}
-            found = weight_differences(**pair) if by_weight else calibrate(**pair, examples=list(examples))
+            found = score_channels(
+                ranking, base=self.job.base, source=self.source, examples=list(examples), seed=self.job.profile.seed
+            )
             save_tensors(folder, found)
 
         if stage not in self._read:

@@ -28,8 +28,8 @@ def sufficiency_finding(records: Sequence[Sufficiency]) -> Finding:
         criterion=f"Holds when {exact(HEADLINE_P)} of the parameters or fewer keep {exact(KEEP)} of the ability "
         "model's gain in every task and random rows keep less; partly when more parameters or random rows do, too.",
         sentences=(
-            "Each curve says how well the base does with rows of the ability model, as they are (dashed) or trained "
-            "lightly (full): blue are the chosen rows, orange is the control, as many parameters in random rows.",
+            f"Each curve says how well the base does with rows of the ability model, {_lines(records[0])}: blue are the "
+            "chosen rows, orange is the control, as many parameters in random rows.",
             f"{'; '.join([_said(record) for record in records])}.",
         ),
         picture=pictures.draw_sufficiency(records),
@@ -70,6 +70,10 @@ def _said(record: Sufficiency) -> str:
         f"{record.task}: at p = {exact(p)} the chosen rows keep {_kept(record.kept_at(CHOSEN, p))} of the gain"
         f"{tuned}, random rows {_kept(record.kept_at(CONTROLS[name], p))}, and {reach} {exact(KEEP)}"
     )
+
+
+def _lines(record: Sufficiency) -> str:
+    return "as they are (dashed) or trained lightly (full)" if CHOSEN_TUNED in record.curves else "as they are"
 
 
 def _headline(record: Sufficiency, curve: str) -> float:
