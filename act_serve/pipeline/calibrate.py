@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from act_serve.errors import BuildError
 from act_serve.models.examples import Example
-from act_serve.pipeline.rankings.activation import activation
 from act_serve.pipeline.rankings.catalogue import RANKINGS
 from act_serve.pipeline.rankings.score import Pair
-from act_serve.pipeline.rankings.weight import weight
 from act_serve.profile.schema import Ranking
 
 
@@ -17,16 +17,18 @@ def score_channels(
 ) -> dict[str, Tensor]:
     """Returns what `ranking` ranks by, `[O]` per module name; `localize` chooses from it.
 
-    Raises DataError without any answer token, ModelError for activations or gradients that are not finite.
+    Raises DataError without any answer token, ModelError for activations or gradients that are not finite, BuildError
+    when memory runs out.
     """
-    return RANKINGS[ranking].score(Pair(base, source, tuple(examples), seed))
+    try:
+        return RANKINGS[ranking].score(Pair(base, source, tuple(examples), seed))
+    except (MemoryError, torch.OutOfMemoryError) as exc:
+        raise BuildError(
+            f"out of memory while ranking by {ranking}: it holds the models whole; set localize.ranking to "
+            "weight_relative, which reads one tensor at a time, or build on a larger machine (finished stages are kept)"
+        ) from exc
 
 
-def calibrate(*, base: Path, source: Path, examples: list[Example]) -> dict[str, Tensor]:
-    """Returns Δa, float64 `[O]` per module name, over the answer tokens of `examples` (paper, equation 1)."""
-    return activation(Pair(base, source, tuple(examples)))
-
-
-def weight_differences(*, base: Path, source: Path) -> dict[str, Tensor]:
-    """Returns the root mean square of each row's difference, float64 `[O]` per module name."""
-    return weight(Pair(base, source))
+def score_name(ranking: Ranking) -> str:
+    """What `ranking` ranks by; rankings with the same score differ in the selection alone and share a stage."""
+    return RANKINGS[ranking].score.__name__

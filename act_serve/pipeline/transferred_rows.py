@@ -4,7 +4,7 @@ from pathlib import Path
 
 from act_serve.models.examples import Example
 from act_serve.models.families import channel_modules
-from act_serve.pipeline.calibrate import calibrate, weight_differences
+from act_serve.pipeline.calibrate import score_channels, score_name
 from act_serve.pipeline.datasets.catalogue import examples_hash
 from act_serve.pipeline.job import Job
 from act_serve.pipeline.localize import localize
@@ -18,16 +18,16 @@ def transferred_rows(job: Job, source: Path, source_key: str, calibration: list[
     """Ranks the channels, takes those that fit the budget, and takes their differences times the first strength."""
     settings = job.profile.localize
     modules = channel_modules(job.base)
-    by_weight = settings.ranking.startswith("weight")
+    score = score_name(settings.ranking)
     pair = {"base": job.base_key, "source": source_key}
 
     def scores(folder: Path, _report: Report) -> None:
-        if by_weight:
-            save_tensors(folder, weight_differences(base=job.base, source=source))
-        else:
-            save_tensors(folder, calibrate(base=job.base, source=source, examples=calibration))
+        found = score_channels(
+            settings.ranking, base=job.base, source=source, examples=calibration, seed=job.profile.seed
+        )
+        save_tensors(folder, found)
 
-    scored = job.keep("calibrate", {**pair, "by_weight": by_weight, "examples": examples_hash(calibration)}, scores)
+    scored = job.keep("calibrate", {**pair, "score": score, "examples": examples_hash(calibration)}, scores)
 
     def rows(folder: Path, _report: Report) -> None:
         save_tensors(folder, localize(modules, load_tensors(scored.folder), settings, job.profile.seed))

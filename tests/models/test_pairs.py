@@ -37,3 +37,26 @@ def test_config_that_lies(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(PairMismatchError, match="has shape"):
         check_pair(base, source)
+
+
+def test_fields_left_out_mean_their_defaults(tmp_path: Path) -> None:
+    base, source = make_llama(tmp_path / "a"), make_llama(tmp_path / "b")
+    config = json.loads((source / "config.json").read_text())
+    for field in ("head_dim", "attention_bias", "mlp_bias"):
+        config.pop(field, None)
+    (source / "config.json").write_text(json.dumps(config))
+    check_pair(base, source)
+    (source / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    with pytest.raises(PairMismatchError, match="attention_bias"):
+        check_pair(base, source)
+
+
+def test_tokens_with_another_id(tmp_path: Path) -> None:
+    base, source = make_llama(tmp_path / "a"), make_llama(tmp_path / "b")
+    path = source / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    vocabulary = saved["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(PairMismatchError, match="another id, for example a, b"):
+        check_pair(base, source)

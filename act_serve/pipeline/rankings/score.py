@@ -42,4 +42,6 @@ class Pair:
 class Score(Protocol):
     """Scores every channel of a pair: float64 `[O]` per module name; the higher, the sooner it is transferred."""
 
+    __name__: str
+
     def __call__(self, pair: Pair) -> dict[str, Tensor]: ...

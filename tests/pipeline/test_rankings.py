@@ -1,0 +1,80 @@
+"""Scores are what their formulas say."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from act_serve.errors import BuildError, DataError
+from act_serve.models.examples import Example
+from act_serve.models.loading import load_model
+from act_serve.pipeline.calibrate import score_channels
+from act_serve.pipeline.rankings.catalogue import RANKINGS
+from act_serve.pipeline.rankings.score import Pair
+from act_serve.profile.schema import Ranking
+from tests.tiny_models import make_llama, plant
+
+TEXTS = [Example("question", "the answer is " + letter * 9) for letter in "abc"]
+MODULE = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    base = make_llama(tmp_path / "base")
+    plant(base, tmp_path / "source", p=0.125, scale=0.3)
+    return Pair(base, tmp_path / "source", tuple(TEXTS))
+
+
+def scores(ranking: Ranking, pair: Pair) -> dict[str, torch.Tensor]:
+    return score_channels(ranking, base=pair.base, source=pair.source, examples=list(pair.examples))
+
+
+def test_every_ranking_has_a_method() -> None:
+    assert set(RANKINGS) == set(get_args(Ranking))
+
+
+def test_gradient_is_the_derivative_towards_the_source(pair: Pair) -> None:
+    found = scores("gradient", pair)[MODULE]
+    base, source = (load_model(folder, dtype="float32") for folder in (pair.base, pair.source))
+    weight = base.get_submodule(MODULE).weight
+    difference = source.get_submodule(MODULE).weight - weight
+    (batch,) = pair.batches()
+    with torch.enable_grad():
+        weight.requires_grad_(True)
+        logits = base(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits
+        cross_entropy(logits[batch.predicts_BT], batch.targets_N).backward()
+    wanted = (weight.grad * difference).sum(1).abs().double()
+    assert wanted.max() > 0
+    torch.testing.assert_close(found, wanted, rtol=0.1, atol=0.05 * float(wanted.max()))
+
+
+def test_own_effect_leaves_upstream_changes_out(pair: Pair) -> None:
+    found, differences = scores("activation_weight", pair)[MODULE], scores("activation_global", pair)[MODULE]
+    weights = scores("weight_relative", pair)[MODULE]
+    assert torch.equal(found > 0, weights > 0)
+    assert (differences > 0).sum() > (weights > 0).sum()
+
+
+def test_relative_differs_by_one_factor_per_module(pair: Pair) -> None:
+    relative, plain = scores("activation_relative", pair), scores("activation_global", pair)
+    factors = {name: (plain[name] / relative[name]).nan_to_num() for name in (MODULE, "model.layers.0.mlp.down_proj")}
+    for factor in factors.values():
+        positive = factor[factor > 0]
+        torch.testing.assert_close(positive, positive[:1].expand_as(positive))
+
+
+@pytest.mark.parametrize("ranking", ["activation_relative", "activation_weight", "gradient"])
+def test_without_examples(pair: Pair, ranking: Ranking) -> None:
+    with pytest.raises(DataError, match="no answer token"):
+        scores(ranking, Pair(pair.base, pair.source))
+
+
+def test_out_of_memory_says_what_to_do(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starved(*_: object) -> None:
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr("act_serve.pipeline.rankings.gradient.load_model", starved)
+    with pytest.raises(BuildError, match="weight_relative"):
+        scores("gradient", pair)
