@@ -7,6 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from act_serve.pipeline.analyze.analysis import Part
+    from act_serve.profile.schema import Ranking
 
 ProfilesArgument = Annotated[list[Path], typer.Argument(help="Ability profiles of one base.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder for report.html, analysis.json and the PNG files.")]
@@ -16,6 +17,10 @@ SharesOption = Annotated[
 SkipOption = Annotated[
     list[str] | None,
     typer.Option("--skip", help="concentration, disentanglement, sufficiency, stability, layers; may be repeated."),
+]
+RankingOption = Annotated[
+    list[str] | None,
+    typer.Option("--ranking", help="Rankings to compare abilities by; may be repeated. Default: all but random."),
 ]
 FinetuneOption = Annotated[bool, typer.Option("--finetune/--no-finetune", help="Sufficiency after fine-tuning too.")]
 ItemsOption = Annotated[int | None, typer.Option("--items", min=1, help="At most N test examples per task.")]
@@ -30,6 +35,7 @@ def analyze(
     out: OutOption = Path("analysis"),
     shares: SharesOption = "0.01,0.02,0.05,0.1",
     skip: SkipOption = None,
+    ranking: RankingOption = None,
     finetune: FinetuneOption = True,
     items: ItemsOption = None,
     work: WorkOption = None,
@@ -57,7 +63,7 @@ def analyze(
     _quieten(threads)
     console = Console()
     subjects = open_subjects(loaded, work or cache_home() / "builds", Screen(console))
-    found = run(subjects, Options(at, _parts(skip or []), finetune, items))
+    found = run(subjects, Options(at, _parts(skip or []), _rankings(ranking or []), finetune, items))
     page = write_report(found, subjects, out)
     for finding in found.findings:
         if finding.verdict is not None:
@@ -74,6 +80,15 @@ def _shares(text: str) -> tuple[float, ...]:
     if not found or not all(0.0 < share <= 1.0 for share in found):
         raise typer.BadParameter(f"{text!r}: give shares above 0 and up to 1 such as 0.01,0.05", param_hint="--p")
     return found
+
+
+def _rankings(names: list[str]) -> "tuple[Ranking, ...]":
+    """The rankings asked for, or all but random; a usage error for an unknown one."""
+    from act_serve.pipeline.analyze.analysis import COMPARED
+
+    if unknown := [name for name in names if name not in COMPARED]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(COMPARED)}", param_hint="--ranking")
+    return tuple(each for each in COMPARED if each in names) or COMPARED
 
 
 def _parts(names: list[str]) -> "frozenset[Part]":

@@ -20,18 +20,25 @@ from act_serve.pipeline.analyze.measure_channels import (
 from act_serve.pipeline.analyze.measure_sufficiency import measure_sufficiency
 from act_serve.pipeline.analyze.subject import Subject
 from act_serve.pipeline.analyze.sufficiency_finding import sufficiency_finding
+from act_serve.pipeline.rankings.catalogue import RANKINGS
+from act_serve.profile.schema import Ranking
 
 Part = Literal["concentration", "disentanglement", "sufficiency", "stability", "layers"]
 PARTS: tuple[Part, ...] = get_args(Part)
+COMPARED: tuple[Ranking, ...] = tuple(name for name in RANKINGS if name != "random")
 DEFAULT_SHARES = (0.01, 0.02, 0.05, 0.1)
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is measured: the curves at every p of `shares` and of the profiles; at most `items` test examples a task."""
+    """What is measured: the curves at every p of `shares` and of the profiles; at most `items` test examples a task.
+
+    `rankings` are those whose masks are compared between abilities, beside the profiles' own.
+    """
 
     shares: tuple[float, ...] = DEFAULT_SHARES
     skip: Set[Part] = frozenset()
+    rankings: tuple[Ranking, ...] = COMPARED
     finetuned: bool = True
     items: int | None = None
 
@@ -58,7 +65,7 @@ def analyze(subjects: Sequence[Subject], options: Options) -> Analysis:
         spread = [measure_concentration(each, shares) for each in subjects]
         found.add("concentration", concentration_finding(spread), spread)
     if "disentanglement" not in options.skip:
-        _disentanglement(found, subjects, shares)
+        _disentanglement(found, subjects, shares, options.rankings)
     if "sufficiency" not in options.skip:
         for each in subjects:
             scored = measure_sufficiency(each, shares, finetuned=options.finetuned, items=options.items)
@@ -72,13 +79,15 @@ def analyze(subjects: Sequence[Subject], options: Options) -> Analysis:
     return found
 
 
-def _disentanglement(found: Analysis, subjects: Sequence[Subject], shares: Sequence[float]) -> None:
+def _disentanglement(
+    found: Analysis, subjects: Sequence[Subject], shares: Sequence[float], rankings: Sequence[Ranking]
+) -> None:
     if len(subjects) < 2:
         found.notes.append("Disentanglement needs two abilities or more: give several profiles.")
         return
-    pairs = measure_disentanglement(subjects, shares)
     settings = subjects[0].job.profile.localize
     ranking = subjects[0].text_ranking if settings.ranking == "random" else settings.ranking
+    pairs = measure_disentanglement(subjects, shares, list(dict.fromkeys([ranking, *rankings])))
     found.add("disentanglement", disentanglement_finding(pairs, ranking, settings.p), pairs)
 
 

@@ -24,7 +24,8 @@ def concentration_finding(records: Sequence[Concentration]) -> Finding:
         key="concentration",
         title="Concentration",
         verdict=worst([judged(top, holds=0.5, partly=0.25) for top in tops]),
-        criterion=f"Holds when the top {exact(HEADLINE_P)} of the channels carry at least half of the summed Δa; partly from a quarter.",
+        criterion=f"Holds when the top {exact(HEADLINE_P)} of the channels carry at least half of the summed Δa; "
+        "partly from a quarter.",
         sentences=(
             "The left curve says how many channels differ by more than x between the base and the ability model on the "
             "same answers; the right one how much of the whole difference the channels with the largest carry.",

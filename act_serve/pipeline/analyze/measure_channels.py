@@ -7,7 +7,8 @@ from act_serve.pipeline.analyze.concentration import HEADLINE_P, Concentration, 
 from act_serve.pipeline.analyze.disentanglement import Disentanglement, disentanglement
 from act_serve.pipeline.analyze.heat_map import HeatMap, heat_map
 from act_serve.pipeline.analyze.stability import Stability, halves, rewordings, samples, stability
-from act_serve.pipeline.analyze.subject import RANKINGS, Subject
+from act_serve.pipeline.analyze.subject import Subject
+from act_serve.profile.schema import Ranking
 
 POOL = 4  # times the calibration examples: what samples are drawn from
 
@@ -18,10 +19,12 @@ def measure_concentration(subject: Subject, shares: Sequence[float]) -> Concentr
     return concentration(subject.name, differences, sorted({*shares, HEADLINE_P}))
 
 
-def measure_disentanglement(subjects: Sequence[Subject], shares: Sequence[float]) -> list[Disentanglement]:
+def measure_disentanglement(
+    subjects: Sequence[Subject], shares: Sequence[float], rankings: Sequence[Ranking]
+) -> list[Disentanglement]:
     """Compares all pairs of abilities, for every ranking and p."""
     found = []
-    for ranking in RANKINGS:
+    for ranking in rankings:
         scores = {each.name: each.differences(each.calibration, ranking) for each in subjects}
         for p in shares:
             masks = {each.name: each.mask(scores[each.name], ranking, p) for each in subjects}

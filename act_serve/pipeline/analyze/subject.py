@@ -18,12 +18,10 @@ from act_serve.pipeline.datasets.catalogue import examples_hash
 from act_serve.pipeline.job import Job
 from act_serve.pipeline.localize import localize
 from act_serve.pipeline.progress import Screen
+from act_serve.pipeline.rankings.catalogue import RANKINGS
 from act_serve.pipeline.source_model import source_model
 from act_serve.pipeline.stage_files import load_tensors, save_tensors
 from act_serve.profile.schema import Localize, Profile, Ranking
-
-RANKINGS: tuple[Ranking, ...] = ("activation_global", "activation_per_module", "weight_relative", "weight_per_module")
-READS_TEXT = frozenset({"activation_global", "activation_per_module"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class Subject:
     def text_ranking(self) -> Ranking:
         """The profile's ranking, or the nearest one that reads text where the profile's doesn't."""
         ranking = self.job.profile.localize.ranking
-        return ranking if ranking in READS_TEXT else "activation_per_module"
+        return ranking if RANKINGS[ranking].reads_text else "activation_per_module"
 
     def differences(self, examples: Sequence[Example], ranking: Ranking) -> dict[str, Tensor]:
         """What `ranking` ranks by, `[O]` per module; on `examples` unless it reads weights alone."""

@@ -28,8 +28,8 @@ def sufficiency_finding(records: Sequence[Sufficiency]) -> Finding:
         criterion=f"Holds when {exact(HEADLINE_P)} of the parameters or fewer keep {exact(KEEP)} of the ability "
         "model's gain in every task and random rows keep less; partly when more parameters or random rows do, too.",
         sentences=(
-            f"Each curve says how well the base does with rows of the ability model, {_lines(records[0])}: blue are the "
-            "chosen rows, orange is the control, as many parameters in random rows.",
+            f"Each curve says how well the base does with rows of the ability model, {_lines(records[0])}: blue are "
+            "the chosen rows, orange is the control, as many parameters in random rows.",
             f"{'; '.join([_said(record) for record in records])}.",
         ),
         picture=pictures.draw_sufficiency(records),
