@@ -56,11 +56,12 @@ def analyze(
     from act_serve.models.loading import cache_home
     from act_serve.pipeline.analyze.analysis import Options
     from act_serve.pipeline.analyze.analysis import analyze as run
-    from act_serve.pipeline.analyze.report import write_report
+    from act_serve.pipeline.analyze.report import prepare_folder, write_report
     from act_serve.pipeline.analyze.subject import open_subjects
     from act_serve.pipeline.progress import Screen
 
     _quieten(threads)
+    prepare_folder(out)
     console = Console()
     subjects = open_subjects(loaded, work or cache_home() / "builds", Screen(console))
     found = run(subjects, Options(at, _parts(skip or []), _rankings(ranking or []), finetune, items))

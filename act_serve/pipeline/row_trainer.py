@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
@@ -72,6 +73,14 @@ class RowTrainer(Trainer):
                 "lower finetune.learning_rate or transfer.strength. Earlier stages are kept"
             )
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as exc:  # torch says a full disk by RuntimeError
+            raise BuildError(
+                f"fine-tuning could not keep a checkpoint in {self.args.output_dir}: {exc}; make room there"
+            ) from exc
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+
 from act_serve.errors import BuildError
 from act_serve.pipeline.peak_memory import forget_peak, peak_bytes
 
@@ -40,7 +43,7 @@ def run_stage(work: Path, name: str, inputs: Mapping[str, Any], make: Callable[[
 
     `inputs` is JSON and holds all that the result depends on, keys of earlier stages included. `make` fills the
     empty folder that it is given; the stage appears only when it is complete. Raises BuildError when the disk is
-    full or not writable.
+    full or not writable, or memory runs out.
     """
     key = stage_key(inputs)
     folder = work / name
@@ -60,8 +63,12 @@ def run_stage(work: Path, name: str, inputs: Mapping[str, Any], make: Callable[[
         (staging / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
-    except OSError as exc:
+    except (OSError, SafetensorError) as exc:
         raise BuildError(f"stage {name} could not be kept in {work}: {exc}; earlier stages are safe") from exc
+    except (MemoryError, torch.OutOfMemoryError) as exc:
+        raise BuildError(
+            f"stage {name} ran out of memory; use smaller batches or a smaller model pair. Earlier stages are kept"
+        ) from exc
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Stage(folder, key, seconds, peak, resumed=False)

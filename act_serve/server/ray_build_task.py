@@ -23,13 +23,14 @@ _EVERY_STEPS = 20
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One build: `marks` are files that the worker must see, `environment` is set before it starts."""
+    """One build: `marks` are files that the worker must see; it starts in `folder` with `environment` set."""
 
     profile: Profile
     store: Path
     work: Path
     marks: list[Path]
     environment: dict[str, str]
+    folder: Path
     threads: int
 
 
@@ -59,7 +60,7 @@ class Board:
 
     def say(self, name: str, stage: str) -> None:
         """Notes what a build is doing."""
-        _, attempt, pid, node = self._lines[name]
+        _, attempt, pid, node = self._lines.get(name, ("", 1, 0, ""))  # this actor too may have died and come back
         self._lines[name] = (stage, attempt, pid, node)
 
     def read(self) -> dict[str, tuple[str, int, int, str]]:
@@ -99,6 +100,8 @@ def run_order(order: Order, board: Any) -> Outcome:
     os.environ.update(order.environment)
     try:
         _require_shared(order.marks)
+        if order.folder.is_dir():
+            os.chdir(order.folder)  # a profile may name models by relative paths
         return Outcome(name, folder=_build(order, board), attempts=attempt)
     except ActServeError as exc:
         return Outcome(name, message=str(exc), exit_code=exc.exit_code, attempts=attempt)

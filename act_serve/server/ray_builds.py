@@ -68,7 +68,8 @@ def build_on_ray(
     with _cluster(address), _mark([store, work]) as mark:
         board = Board.options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()  # type: ignore[attr-defined]
         options = _room(len(profiles))
-        orders = [Order(profile, store, work, mark, _environment(), int(options["num_cpus"])) for profile in profiles]
+        threads = int(options["num_cpus"])
+        orders = [Order(each, store, work, mark, _environment(), Path.cwd(), threads) for each in profiles]
         task = ray.remote(run_order).options(max_retries=RETRIES, **options)
         return _collect({task.remote(order, board): order.profile.name for order in orders}, names, board, show)
 

@@ -135,6 +135,22 @@ def test_distillation_needs_the_source(tmp_path: Path) -> None:
         )
 
 
+def test_a_checkpoint_that_cannot_be_written_says_where(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "checkpoint-1").write_text("in the way")
+    with pytest.raises(BuildError, match=r"could not keep a checkpoint in \S*kept: "):
+        finetune(
+            base=base,
+            deltas=zeros(2),
+            lessons=LESSONS,
+            settings=FineTune(steps=1),
+            seed=0,
+            report=silent,
+            checkpoints=tmp_path / "kept",
+        )
+
+
 def test_a_loss_that_is_not_finite_ends_the_build(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base")
     broken = {UP: ModuleDelta(torch.tensor([0], dtype=torch.int32), torch.full((1, 32), torch.nan), None)}

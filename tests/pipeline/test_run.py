@@ -2,10 +2,13 @@
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -19,6 +22,8 @@ from act_serve.pipeline import run as line
 from act_serve.pipeline import tuned_rows
 from act_serve.pipeline.measure import measure, questions_of
 from act_serve.pipeline.progress import Screen
+from act_serve.pipeline.stages import run_stage
+from act_serve.pipeline.training import Report
 from act_serve.profile.load import load_profile
 from tests.tiny_models import make_llama, plant
 
@@ -140,6 +145,46 @@ def test_int8_is_measured_as_it_is_stored(tmp_path: Path, pair: dict[str, list[i
     profile = load_profile(tmp_path / "demo.yaml")
     again = measure(tmp_path / "base", [deltas], questions_of(profile))
     assert {score.task: score.delta for score in manifest.scores} == pytest.approx(again, abs=1e-5)
+
+
+def test_interrupted_fine_tuning_goes_on_inside_the_stage(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    path = profile_file(tmp_path, finetune={"steps": 20, "batch_size": 2, "items": 5})
+    seen: list[int] = []
+
+    class Watching(Screen):
+        @contextmanager
+        def stage(self, name: str) -> Iterator[Report]:
+            def report(done: int, _total: int, _remark: str) -> None:
+                seen.append(done)
+                if seen == list(range(1, 14)):
+                    raise KeyboardInterrupt
+
+            yield report
+
+    def run() -> Path:
+        screen = Watching(Console(file=io.StringIO()))
+        return line.build(load_profile(path), store=Store(tmp_path / "store"), work=tmp_path / "work", screen=screen)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert list((tmp_path / "work").glob(".unfinished-*/checkpoint-12"))
+    seen.append(0)
+    artifact = run()
+    assert seen[14:] == list(range(13, 21))
+    assert not list((tmp_path / "work").glob(".unfinished-*"))
+    assert json.loads((artifact / "evaluation.json").read_text())["peak_bytes"]["finetune"] > 2**20
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("of the GPU")])
+def test_stage_without_memory_keeps_the_earlier_ones(tmp_path: Path, error: Exception) -> None:
+    def fails(_folder: Path) -> None:
+        raise error
+
+    run_stage(tmp_path, "first", {}, lambda _folder: None)
+    with pytest.raises(BuildError, match="second ran out of memory"):
+        run_stage(tmp_path, "second", {}, fails)
+    assert run_stage(tmp_path, "first", {}, fails).resumed
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
 
 def test_costly_ability_is_not_published(tmp_path: Path, pair: dict[str, list[int]]) -> None:

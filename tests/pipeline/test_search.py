@@ -9,8 +9,10 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
 from act_serve.abilities.store import Store
+from act_serve.cli.main import app
 from act_serve.delta.artifact import ModuleDelta, read_artifact
 from act_serve.errors import DataError, GainError
 from act_serve.models.examples import Example
@@ -155,6 +157,12 @@ def test_part_of_the_training_file_is_held_out(tmp_path: Path) -> None:
     write_examples(tmp_path / "all.jsonl", train[:3])
     with pytest.raises(DataError, match="no validation examples"):
         load_examples(data, "validation", 10, 0)
+
+
+def test_keep_on_the_command_line_asks_for_a_search(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["build-delta", str(profile_file(folder)), "--keep", "0.8", "--plan"])
+    assert result.exit_code == 0
+    assert "1.0% or 2.0% or 5.0% or 10.0%" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,15 @@ from act_serve.pipeline.analyze.subject import Subject
 REPORT, NUMBERS = "report.html", "analysis.json"
 
 
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder, before hours are spent on what goes in there; raises BuildError when it can't be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / NUMBERS).touch()
+    except OSError as exc:
+        raise BuildError(f"the report can't be written to {folder}: {exc}; give another folder with --out") from exc
+
+
 def write_report(analysis: Analysis, subjects: Sequence[Subject], folder: Path) -> Path:
     """Fills `folder` and returns the path of the HTML report in it; raises BuildError when it can't be written."""
     page = folder / REPORT

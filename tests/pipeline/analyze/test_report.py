@@ -12,9 +12,9 @@ import yaml
 from rich.console import Console
 
 from act_serve.abilities.store import Store
-from act_serve.errors import ProfileError
+from act_serve.errors import BuildError, ProfileError
 from act_serve.pipeline.analyze.analysis import Options, analyze
-from act_serve.pipeline.analyze.report import write_report
+from act_serve.pipeline.analyze.report import prepare_folder, write_report
 from act_serve.pipeline.analyze.subject import open_subjects
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.run import build
@@ -160,6 +160,12 @@ def test_builds_stages_are_used(planted: Path, tmp_path: Path) -> None:
     analyze(subjects, Options(shares=(P,), skip=frozenset({"stability"})))
     kept = {line.split()[1] for line in said.getvalue().splitlines() if "kept from" in line}
     assert kept >= {"source", "calibrate", "localize", "transfer", "finetune"}
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BuildError, match="--out"):
+        prepare_folder(tmp_path / "file" / "out")
 
 
 def test_profiles_that_cannot_be_compared(planted: Path, tmp_path: Path) -> None:
