@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from act_serve.models.examples import Batch, Encoded, Example, batches, encode_prompt
+from act_serve.models.examples import Batch, Encoded, Example, collate, encode_prompt
 
 
 def answer_logits(model: Any, batch: Batch) -> Tensor:
@@ -35,16 +35,22 @@ def answers(
     return found
 
 
-def mean_nll(model: Any, items: Sequence[Encoded], *, pad_id: int, batch_size: int = 16) -> float:
-    """Mean negative log-likelihood per answer token, in nats, pooled over all items."""
-    total, count = 0.0, 0
-    for batch in batches(items, batch_size, pad_id):
+def nll_sums(model: Any, items: Sequence[Encoded], *, pad_id: int, batch_size: int = 16) -> list[tuple[float, int]]:
+    """Each item's negative log-likelihood, in nats, and its number of answer tokens, in the items' order."""
+    order = sorted(range(len(items)), key=lambda index: len(items[index].ids))
+    found = [(0.0, 0)] * len(items)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([items[index] for index in chosen], pad_id)
         with torch.inference_mode():
             logits_NV = answer_logits(model, batch)
-        targets_N = batch.targets_N.to(logits_NV.device)
-        total += float(torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum"))
-        count += len(targets_N)
-    return total / max(1, count)
+            nll_N = torch.nn.functional.cross_entropy(
+                logits_NV, batch.targets_N.to(logits_NV.device), reduction="none"
+            ).cpu()
+        counts = batch.predicts_BT.sum(dim=1).tolist()
+        for index, count, nll in zip(chosen, counts, nll_N.split(counts), strict=True):
+            found[index] = (float(nll.double().sum()), count)
+    return found
 
 
 def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:

@@ -13,10 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A user's request with its answer, or plain text where `prompt` is None."""
+    """A user's request with its answer, or plain text where `prompt` is None.
+
+    Where there are `choices`, `answer` is one of them, and `prompt` is the plain text that each of them continues.
+    """
 
     prompt: str | None
     answer: str
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

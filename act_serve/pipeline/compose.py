@@ -16,6 +16,7 @@ from act_serve.models.examples import Example
 from act_serve.models.loading import load_model, load_tokenizer, resolve_model
 from act_serve.models.row_delta import RowDeltas
 from act_serve.pipeline.evaluate import Question, evaluate
+from act_serve.pipeline.measured import Measured
 from act_serve.pipeline.merge import Share, merge_deltas
 from act_serve.profile.schema import Data, Task
 
@@ -61,8 +62,8 @@ def score_composition(
     metrics: Sequence[str],
     language: str | None = None,
     max_new_tokens: int = 96,
-) -> dict[str, float]:
-    """Returns the score by metric of `base` with the composition's abilities added as in serving.
+) -> dict[str, Measured]:
+    """Returns the result by metric of `base` with the composition's abilities added as in serving.
 
     Raises DataError for an unknown metric or no examples, and the artifact's and store's errors.
     """

@@ -1,13 +1,15 @@
 """Scores a model on a profile's tasks."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from act_serve.models.answering import answers, mean_nll
+from act_serve.errors import DataError
+from act_serve.models.answering import answers, nll_sums
+from act_serve.models.choosing import choice_likelihoods
 from act_serve.models.examples import Example, encode
-from act_serve.pipeline.scorers import HIGHER_IS_BETTER, LIKELIHOOD_METRICS, answer_score
+from act_serve.pipeline.measured import Measured
+from act_serve.pipeline.scorers import HIGHER_IS_BETTER, LIKELIHOOD_METRICS, answer_numbers, choice_numbers
 from act_serve.profile.schema import RetainedTask, Task
 
 
@@ -19,10 +21,16 @@ class Question:
     examples: list[Example]
 
 
-def evaluate(model: Any, tokenizer: Any, questions: Iterable[Question]) -> dict[str, float]:
-    """Returns the score of each task by its name. Tasks over the same examples share one set of answers."""
+def evaluate(model: Any, tokenizer: Any, questions: Iterable[Question]) -> dict[str, Measured]:
+    """Returns the result of each task by its name. Tasks over the same examples share one set of answers.
+
+    Raises DataError when the examples of a task of `choice_accuracy` have no choices.
+    """
     seen: dict[tuple[Any, ...], list[str]] = {}
-    return {question.task.name: _score(model, tokenizer, question, seen) for question in questions}
+    return {
+        question.task.name: Measured(question.task.metric, _numbers(model, tokenizer, question, seen))
+        for question in questions
+    }
 
 
 def drop(task: Task, base: float, delta: float) -> float:
@@ -44,13 +52,27 @@ def broken(tasks: Sequence[RetainedTask], base: Mapping[str, float], delta: Mapp
     return found
 
 
-def _score(model: Any, tokenizer: Any, question: Question, seen: dict[tuple[Any, ...], list[str]]) -> float:
+def _numbers(
+    model: Any, tokenizer: Any, question: Question, seen: dict[tuple[Any, ...], list[str]]
+) -> list[list[float]]:
     task, examples = question.task, question.examples
     if task.metric in LIKELIHOOD_METRICS:
         items = [encode(tokenizer, example) for example in examples]
-        nll = mean_nll(model, items, pad_id=tokenizer.pad_token_id or 0)
-        return nll if task.metric == "nll" else math.exp(min(nll, 700.0))
+        return [list(sums) for sums in nll_sums(model, items, pad_id=tokenizer.pad_token_id or 0)]
+    if task.metric == "choice_accuracy":
+        return _choices(model, tokenizer, question)
     key = (task.max_new_tokens, *(example.prompt for example in examples))
     if key not in seen:
         seen[key] = answers(model, tokenizer, examples, max_new_tokens=task.max_new_tokens)
-    return answer_score(task.metric, seen[key], [example.answer for example in examples], task.language)
+    return answer_numbers(task.metric, seen[key], [example.answer for example in examples], task.language)
+
+
+def _choices(model: Any, tokenizer: Any, question: Question) -> list[list[float]]:
+    examples = question.examples
+    if not all(example.prompt and len(example.choices) > 1 for example in examples):
+        raise DataError(f"{question.task.name}: choice_accuracy needs examples with a prompt and choices")
+    likelihoods = choice_likelihoods(model, tokenizer, examples)
+    return [
+        choice_numbers(found, example.choices, example.answer)
+        for found, example in zip(likelihoods, examples, strict=True)
+    ]

@@ -9,7 +9,7 @@ from act_serve.pipeline.conflict import conflict
 from act_serve.pipeline.datasets.catalogue import examples_hash
 from act_serve.pipeline.evaluate import broken
 from act_serve.pipeline.job import Job
-from act_serve.pipeline.measure import Deltas, Scores, manifest_scores, questions_of
+from act_serve.pipeline.measure import Deltas, Scores, load_intervals, manifest_scores, questions_of
 from act_serve.pipeline.publish import Evidence
 from act_serve.pipeline.scored_stage import scored
 from act_serve.pipeline.search import Curve
@@ -27,7 +27,8 @@ def gather_evidence(candidate: Candidate, origin: Origin, store: Store, curve: C
         "delta": scored_rows(job, "evaluate-delta", candidate.final, questions),
     }
     scores = manifest_scores(questions, variants)
-    job.screen.show_scores(profile.name, scores)
+    intervals = {variant: load_intervals(job.work / f"evaluate-{variant}") for variant in variants}
+    job.screen.show_scores(profile.name, scores, intervals["delta"])
     _refuse_costly(job, variants["base"], variants["delta"])
     tuned = as_stored(load_deltas(candidate.final.folder), profile.stored)
     neighbours = _neighbours(job, store)
@@ -38,6 +39,7 @@ def gather_evidence(candidate: Candidate, origin: Origin, store: Store, curve: C
     }
     details = {
         "scores": [score.model_dump() for score in scores],
+        "intervals": intervals,
         "composed_with": pairs,
         "conflicts": {other: conflict(tuned, deltas) for other, _, deltas in neighbours},
         "strengths_on_validation": candidate.strengths,

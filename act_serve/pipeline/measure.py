@@ -12,11 +12,14 @@ from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.models.row_delta import RowDeltas
 from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples
 from act_serve.pipeline.evaluate import Question, evaluate
+from act_serve.pipeline.measured import Interval, Measured
 from act_serve.pipeline.scorers import HIGHER_IS_BETTER
 from act_serve.profile.schema import Profile, RetainedTask
 
 Deltas = Mapping[str, ModuleDelta]
 Scores = dict[str, float]
+Results = dict[str, Measured]
+SCORES_FILE, ITEMS_FILE = "scores.json", "items.json"
 
 
 def questions_of(profile: Profile) -> list[Question]:
@@ -32,6 +35,11 @@ def questions_key(questions: Sequence[Question]) -> list[list[str]]:
 
 def measure(model: Path, deltas: Sequence[Deltas], questions: Sequence[Question]) -> Scores:
     """Scores the model in a folder with all `deltas` added as they are: give them `as_stored`."""
+    return plain_scores(measure_items(model, deltas, questions))
+
+
+def measure_items(model: Path, deltas: Sequence[Deltas], questions: Sequence[Question]) -> Results:
+    """As `measure`, with the numbers of every item."""
     loaded, tokenizer = load_model(model), load_tokenizer(model)
     with ExitStack() as stack:
         for delta in deltas:
@@ -39,15 +47,30 @@ def measure(model: Path, deltas: Sequence[Deltas], questions: Sequence[Question]
         return evaluate(loaded, tokenizer, questions)
 
 
-def save_scores(folder: Path, scores: Scores) -> None:
-    """Keeps scores in a stage's folder."""
-    (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+def plain_scores(results: Results) -> Scores:
+    """The scores without their items."""
+    return {task: result.score for task, result in results.items()}
+
+
+def save_results(folder: Path, results: Results) -> None:
+    """Keeps scores and the numbers of every item in a stage's folder."""
+    items = {task: {"metric": result.metric, "items": result.items_NS} for task, result in results.items()}
+    (folder / ITEMS_FILE).write_text(json.dumps(items), encoding="utf-8")
+    (folder / SCORES_FILE).write_text(json.dumps(plain_scores(results)), encoding="utf-8")
 
 
 def load_scores(folder: Path) -> Scores:
-    """Reads what `save_scores` wrote."""
-    scores: Scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    """Reads the scores that `save_results` wrote."""
+    scores: Scores = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
     return scores
+
+
+def load_intervals(folder: Path) -> dict[str, Interval]:
+    """The confidence interval of each score in a stage's folder; none where the items were not kept."""
+    if not (folder / ITEMS_FILE).exists():
+        return {}
+    items = json.loads((folder / ITEMS_FILE).read_text(encoding="utf-8"))
+    return {task: Measured(found["metric"], found["items"]).interval for task, found in items.items()}
 
 
 def manifest_scores(questions: Sequence[Question], variants: Mapping[str, Scores]) -> tuple[Score, ...]:

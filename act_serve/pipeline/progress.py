@@ -1,6 +1,6 @@
 """Shows a build on the terminal: the plan, a bar for each stage, the final table."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from act_serve.delta.manifest import Score
+from act_serve.pipeline.measured import Interval
 from act_serve.pipeline.plan import Plan
 from act_serve.pipeline.score_table import score_table
 from act_serve.pipeline.training import Report
@@ -53,9 +54,9 @@ class Screen:
 
             yield report
 
-    def show_scores(self, name: str, scores: Sequence[Score]) -> None:
-        """Prints base, source, transfer alone and final delta of every task."""
-        self.console.print(score_table(f"{name} on held-out data", scores))
+    def show_scores(self, name: str, scores: Sequence[Score], intervals: Mapping[str, Interval]) -> None:
+        """Prints base, source, transfer alone and final delta of every task, the delta with its interval."""
+        self.console.print(score_table(f"{name} on held-out data", scores, intervals))
 
 
 def _duration(seconds: float) -> str:

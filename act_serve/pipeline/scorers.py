@@ -1,15 +1,22 @@
-"""Metrics of a task. Each takes the answers given and the answers wanted and returns one number."""
+"""Metrics of a task, as sums over its items: each item gives a few numbers, and their sums give the score.
+
+So the score of any resample of the items is one more sum; see `measured.py`. Shapes: N items, S numbers of each.
+"""
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 HIGHER_IS_BETTER = {
     "exact_match": True,
     "json_fields": True,
     "final_number": True,
+    "choice_accuracy": True,
     "chrf": True,
     "language_share": True,
     "nll": False,
@@ -17,49 +24,71 @@ HIGHER_IS_BETTER = {
 }
 RIVALS = ("ca", "de", "en", "es", "fr", "it", "la", "nl", "pt", "ro")
 LIKELIHOOD_METRICS = frozenset({"nll", "perplexity"})
+Numbers = list[float]
 
 
-def exact_match(given: Sequence[str], wanted: Sequence[str]) -> float:
-    """Share of answers equal to the wanted ones: as parsed JSON where the wanted one is JSON, else as text."""
-    return _mean([_parsed(left) == _parsed(right) for left, right in zip(given, wanted, strict=True)])
+def score_of(metric: str, sums_S: Sequence[float]) -> float:
+    """The score by `metric` of items whose numbers sum up to `sums_S`; 0 for no items."""
+    if metric == "chrf":
+        return float(_chrf()._compute_score_from_stats([int(value) for value in sums_S]).score)
+    part, whole = sums_S
+    ratio = part / whole if whole else 0.0
+    return math.exp(min(ratio, 700.0)) if metric == "perplexity" else float(ratio)
 
 
-def json_fields(given: Sequence[str], wanted: Sequence[str]) -> float:
-    """Share of the wanted objects' fields that the answers have with the same value."""
-    found: list[bool] = []
-    for left, right in zip(given, wanted, strict=True):
-        answer, order = _parsed(left), json.loads(right)
-        has = answer if isinstance(answer, dict) else {}
-        found += [key in has and has[key] == value for key, value in order.items()]
-    return _mean(found)
+def answer_numbers(metric: str, given: Sequence[str], wanted: Sequence[str], language: str | None) -> list[Numbers]:
+    """Each generated answer's numbers for `metric`, one of those that need answers.
+
+    `exact_match`: share of answers equal to the wanted ones, as parsed JSON where the wanted one is JSON, else as
+    text. `json_fields`: share of the wanted objects' fields that the answers have with the same value.
+    `final_number`: share of answers whose last whole number is the wanted one's last. `chrf`: corpus chrF (character
+    n-grams up to 6, beta 2), 0 to 100, by sacrebleu. `language_share`: share of answers that lingua takes for
+    `language` (ISO 639-1), among it and the languages of `RIVALS`.
+    """
+    if metric == "language_share":
+        identify = _identifier(language or "")
+        return [[float(identify(text) == language), 1.0] for text in given]
+    if metric == "chrf":
+        return [[float(number) for number in item] for item in _chrf()._extract_corpus_statistics(given, [wanted])]
+    compare: dict[str, Callable[[str, str], list[bool]]]
+    compare = {"exact_match": _equal, "json_fields": _fields, "final_number": _same_end}
+    found = [compare[metric](left, right) for left, right in zip(given, wanted, strict=True)]
+    return [[float(sum(values)), float(len(values))] for values in found]
 
 
-def final_number(given: Sequence[str], wanted: Sequence[str]) -> float:
-    """Share of answers whose last whole number is the wanted one's last."""
-    return _mean([_last_number(left) == _last_number(right) for left, right in zip(given, wanted, strict=True)])
+def choice_numbers(likelihoods: Sequence[float], choices: Sequence[str], answer: str) -> Numbers:
+    """Whether the likeliest choice per character is the right one, as lm-evaluation-harness's `acc_norm`.
+
+    Without the division a question would be decided by the choices' lengths, most of all HellaSwag's.
+    """
+    per_character = [nats / len(choice) for nats, choice in zip(likelihoods, choices, strict=True)]
+    return [float(choices[int(np.argmax(per_character))] == answer), 1.0]
 
 
-def chrf(given: Sequence[str], wanted: Sequence[str]) -> float:
-    """Corpus chrF (character n-grams up to 6, beta 2), 0 to 100, by sacrebleu."""
+def answer_score(metric: str, given: Sequence[str], wanted: Sequence[str], language: str | None = None) -> float:
+    """Scores generated answers by `metric`, one of those that `answer_numbers` knows."""
+    return score_of(metric, np.sum(answer_numbers(metric, given, wanted, language), axis=0).tolist())
+
+
+def _equal(given: str, wanted: str) -> list[bool]:
+    return [_parsed(given) == _parsed(wanted)]
+
+
+def _fields(given: str, wanted: str) -> list[bool]:
+    answer = _parsed(given)
+    has = answer if isinstance(answer, dict) else {}
+    return [key in has and has[key] == value for key, value in json.loads(wanted).items()]
+
+
+def _same_end(given: str, wanted: str) -> list[bool]:
+    return [_last_number(given) == _last_number(wanted)]
+
+
+@lru_cache
+def _chrf() -> Any:
     from sacrebleu.metrics.chrf import CHRF
 
-    return float(CHRF().corpus_score(list(given), [list(wanted)]).score)
-
-
-def language_share(given: Sequence[str], language: str) -> float:
-    """Share of answers that lingua takes for `language` (ISO 639-1), among it and the languages of `RIVALS`."""
-    identify = _identifier(language)
-    found = [identify(text) for text in given]
-    return _mean([name == language for name in found])
-
-
-def answer_score(metric: str, given: Sequence[str], wanted: Sequence[str], language: str | None) -> float:
-    """Scores generated answers by `metric`, one of those that need answers."""
-    if metric == "language_share":
-        return language_share(given, language or "")
-    by_name: dict[str, Callable[[Sequence[str], Sequence[str]], float]]
-    by_name = {"exact_match": exact_match, "json_fields": json_fields, "chrf": chrf, "final_number": final_number}
-    return by_name[metric](given, wanted)
+    return CHRF()
 
 
 @lru_cache
@@ -91,7 +120,3 @@ def _parsed(text: str) -> Any:
         except ValueError:
             pass
     return text.strip()
-
-
-def _mean(values: Sequence[bool]) -> float:
-    return sum(values) / len(values) if values else 0.0

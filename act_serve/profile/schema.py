@@ -14,7 +14,16 @@ Ranking = Literal[
     "weight_per_module",
     "random",
 ]
-Metric = Literal["exact_match", "json_fields", "final_number", "chrf", "language_share", "nll", "perplexity"]
+Metric = Literal[
+    "exact_match",
+    "json_fields",
+    "final_number",
+    "choice_accuracy",
+    "chrf",
+    "language_share",
+    "nll",
+    "perplexity",
+]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Strength = Annotated[float, Field(gt=0.0, le=4.0)]
 Count = Annotated[int, Field(ge=1)]

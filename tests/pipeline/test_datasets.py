@@ -13,7 +13,7 @@ from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples, 
 from act_serve.pipeline.datasets.order_notes import order_notes
 from act_serve.pipeline.datasets.splits import Split
 from act_serve.pipeline.datasets.word_problems import word_problems
-from act_serve.pipeline.scorers import final_number
+from act_serve.pipeline.scorers import answer_score
 from act_serve.profile.schema import Data
 
 FIELDS = ("buyer", "city", "item", "date")
@@ -121,6 +121,6 @@ def test_every_word_problem_is_solved_by_its_steps(split: Split) -> None:
 
 def test_both_languages_have_the_same_problems() -> None:
     pairs = zip(word_problems("test", 100, 0), word_problems("test", 100, 0, language="fr"), strict=True)
-    assert all(final_number([french.answer], [english.answer]) == 1.0 for english, french in pairs)
+    assert all(answer_score("final_number", [fr.answer], [en.answer]) == 1.0 for en, fr in pairs)
     with pytest.raises(DataError, match="not in 'xx'"):
         word_problems("test", 1, 0, language="xx")

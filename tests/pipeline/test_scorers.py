@@ -3,7 +3,7 @@
 import pytest
 
 from act_serve.pipeline.evaluate import broken, drop
-from act_serve.pipeline.scorers import chrf, exact_match, json_fields, language_share
+from act_serve.pipeline.scorers import answer_score
 from act_serve.profile.schema import Data, RetainedTask
 
 WANTED = ['{"buyer": "Ann", "qty": 3}', '{"buyer": "Bob", "qty": 4}']
@@ -11,24 +11,24 @@ WANTED = ['{"buyer": "Ann", "qty": 3}', '{"buyer": "Bob", "qty": 4}']
 
 def test_exact_match_reads_json() -> None:
     given = ['Sure: {"qty": 3, "buyer": "Ann"} there', '{"buyer": "Bob", "qty": "4"}']
-    assert exact_match(given, WANTED) == 0.5
-    assert exact_match([" yes\n", "no"], ["yes", "No"]) == 0.5
-    assert exact_match(["{broken", "[]"], WANTED) == 0.0
+    assert answer_score("exact_match", given, WANTED) == 0.5
+    assert answer_score("exact_match", [" yes\n", "no"], ["yes", "No"]) == 0.5
+    assert answer_score("exact_match", ["{broken", "[]"], WANTED) == 0.0
 
 
 def test_json_fields_counts_fields() -> None:
-    assert json_fields(['{"buyer": "Ann", "qty": 9}', "nothing"], WANTED) == 0.25
-    assert json_fields(["[1]", "3"], WANTED) == 0.0
+    assert answer_score("json_fields", ['{"buyer": "Ann", "qty": 9}', "nothing"], WANTED) == 0.25
+    assert answer_score("json_fields", ["[1]", "3"], WANTED) == 0.0
 
 
 def test_chrf() -> None:
-    assert chrf(["le chat"], ["le chat"]) == pytest.approx(100.0)
-    assert chrf(["xyz"], ["le chat"]) == 0.0
+    assert answer_score("chrf", ["le chat"], ["le chat"]) == pytest.approx(100.0)
+    assert answer_score("chrf", ["xyz"], ["le chat"]) == 0.0
 
 
 def test_language_share() -> None:
     texts = ["Ouvrez le fichier dans une nouvelle fenêtre.", "Open the file in a new window.", ""]
-    assert language_share(texts, "fr") == pytest.approx(1 / 3)
+    assert answer_score("language_share", texts, texts, "fr") == pytest.approx(1 / 3)
 
 
 def task(metric: str, max_drop: float) -> RetainedTask:

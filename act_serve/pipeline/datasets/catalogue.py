@@ -9,6 +9,7 @@ from typing import Any
 from act_serve.errors import DataError
 from act_serve.models.examples import Example
 from act_serve.pipeline.datasets.english_prose import debian_handbook, python_reference
+from act_serve.pipeline.datasets.general_ability import general_ability
 from act_serve.pipeline.datasets.libreoffice_help import translation_pairs
 from act_serve.pipeline.datasets.order_notes import order_notes
 from act_serve.pipeline.datasets.splits import Split, split_of
@@ -19,9 +20,11 @@ MAKERS: dict[str, Callable[..., list[Example]]] = {
     "libreoffice_help": translation_pairs,
     "order_notes": order_notes,
     "word_problems": word_problems,
+    "general_ability": general_ability,
     "python_reference": python_reference,
     "debian_handbook": debian_handbook,
 }
+OPTIONS = {"libreoffice_help": {"language"}, "word_problems": {"language"}, "general_ability": {"suite"}}
 
 
 def load_examples(data: Data, split: Split, count: int, seed: int) -> list[Example]:
@@ -39,7 +42,10 @@ def load_examples(data: Data, split: Split, count: int, seed: int) -> list[Examp
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Reads a JSONL file of `{"prompt", "answer"}` or `{"text"}` objects; raises DataError with the line."""
+    """Reads a JSONL file of `{"prompt", "answer"}` or `{"text"}` objects; raises DataError with the line.
+
+    Beside prompt and answer there may be `choices`, a list that has the answer in it.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
@@ -49,18 +55,15 @@ def read_examples(path: Path) -> list[Example]:
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
     """Writes examples as JSONL, as `read_examples` reads them."""
-    lines = [
-        {"text": example.answer} if example.prompt is None else {"prompt": example.prompt, "answer": example.answer}
-        for example in examples
-    ]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    lines = [json.dumps(_line(example), ensure_ascii=False) + "\n" for example in examples]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def examples_hash(examples: Iterable[Example]) -> str:
     """A sha256 over the examples, for manifests and stage records."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.prompt, example.answer]).encode())
+        digest.update(json.dumps([example.prompt, example.answer, *example.choices]).encode())
     return digest.hexdigest()
 
 
@@ -71,7 +74,7 @@ def _maker(name: str) -> Callable[..., list[Example]]:
 
 
 def _checked(data: Data) -> dict[str, Any]:
-    unknown = set(data.options) - ({"language"} if data.maker in ("libreoffice_help", "word_problems") else set())
+    unknown = set(data.options) - OPTIONS.get(data.maker or "", set())
     if unknown:
         raise DataError(f"the data maker {data.maker} has no option {', '.join(sorted(unknown))}")
     return data.options
@@ -94,11 +97,21 @@ def _held_out(examples: list[Example], split: Split) -> list[Example]:
     return [example for example in examples if not part[example]] or examples
 
 
+def _line(example: Example) -> dict[str, Any]:
+    if example.prompt is None:
+        return {"text": example.answer}
+    choices = {"choices": example.choices} if example.choices else {}
+    return {"prompt": example.prompt, "answer": example.answer, **choices}
+
+
 def _example(path: Path, number: int, line: str) -> Example:
     try:
         content = json.loads(line)
         if "text" in content:
             return Example(None, str(content["text"]))
-        return Example(str(content["prompt"]), str(content["answer"]))
-    except (ValueError, KeyError, TypeError) as exc:
+        choices = tuple(map(str, content.get("choices", ())))
+        if choices and str(content["answer"]) not in choices:
+            raise ValueError("the answer is none of the choices")
+        return Example(str(content["prompt"]), str(content["answer"]), choices)
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise DataError(f'{path}:{number}: expected {{"prompt", "answer"}} or {{"text"}}: {exc!r}') from exc

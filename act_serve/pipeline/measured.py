@@ -1,0 +1,69 @@
+"""A score with its confidence interval, by resampling the items that it was measured on.
+
+Shapes: N items, S numbers of each (see `scorers.py`), R resamples.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from act_serve.pipeline.scorers import score_of
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+RESAMPLES = 1000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One task's result: `items_NS` holds every item's numbers, in the examples' order."""
+
+    metric: str
+    items_NS: list[list[float]]
+
+    @property
+    def score(self) -> float:
+        """The score over all items."""
+        return score_of(self.metric, np.sum(self.items_NS, axis=0).tolist())
+
+    @property
+    def interval(self) -> Interval:
+        """The score's 95 % confidence interval: percentiles of 1,000 resamples of the items, always the same ones."""
+        return _percentiles(_resampled(self))
+
+    def as_json(self) -> dict[str, Any]:
+        """For files that others read: score, interval and number of items."""
+        low, high = self.interval
+        return {"score": self.score, "low": low, "high": high, "items": len(self.items_NS)}
+
+
+def difference(left: Measured, right: Measured) -> tuple[float, Interval]:
+    """`left` minus `right`, two results on the same items, with the interval of the paired bootstrap.
+
+    Both sides of a resample have the same items, so that what makes an item hard for both cancels out.
+    """
+    if len(left.items_NS) != len(right.items_NS):
+        raise ValueError(f"{len(left.items_NS)} and {len(right.items_NS)} items can't be paired")
+    return left.score - right.score, _percentiles(_resampled(left) - _resampled(right))
+
+
+def _resampled(measured: Measured) -> Floats:
+    """The score of every resample, `[R]`."""
+    sums_RS = _counts(len(measured.items_NS)) @ np.asarray(measured.items_NS)
+    return np.array([score_of(measured.metric, sums) for sums in sums_RS.tolist()])
+
+
+@lru_cache(maxsize=8)
+def _counts(items: int) -> Floats:
+    """How often each of N items is drawn in each resample, `[R, N]`."""
+    drawn = np.random.default_rng(0).multinomial(items, [1 / items] * items, size=RESAMPLES)
+    return drawn.astype(np.float64)
+
+
+def _percentiles(values_R: Floats) -> Interval:
+    low, high = np.quantile(values_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return low, high
