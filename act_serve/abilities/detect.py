@@ -1,42 +1,30 @@
-"""``"abilities": "auto"``: which abilities does the text of a request ask for?
+"""``"abilities": "auto"``: which abilities does the text of a request ask for? A language, a skill, both, or none.
 
-By the language the prompt is written in, told by py3langid (https://pypi.org/project/py3langid): a naive
-Bayes classifier over byte n-grams, 97 languages plus "no language", 0.03 ms for a prompt and half a second to
-load. Its probabilities are calibrated over lengths, so one threshold serves short and long prompts. On 6,000
-fragments of LibreOffice's help in four languages, 3 to 20 words long, at most 0.4 % of those in another language
-were taken for French, and 73 % (3 to 5 words) to 91 % (6 to 10) of the French ones were recognized; the rest
-choose nothing. lingua's confidences of right and wrong answers overlap on such short texts, and it takes
-seconds and hundreds of megabytes to load.
+Language: the one that the prompt asks the answer to be in, else the one it is written in. Skill: by a classifier fitted
+on the skills' exemplars. Measured in docs/auto.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Protocol
 
 from act_serve.abilities.catalogue import CatalogueView
+from act_serve.abilities.language import (
+    MIN_CONFIDENCE,
+    NO_LANGUAGE,
+    Identifier,
+    identify_language,
+    instruction_of,
+    speaking_language,
+    without_quotations,
+)
+from act_serve.abilities.prompt_text import MAX_CHARS
+from act_serve.abilities.requested_language import Wish, requested_language
+from act_serve.abilities.skills import Skills
 from act_serve.delta.composition import WeightedAbility
 from act_serve.delta.manifest import Manifest
 
-MIN_CONFIDENCE = 0.15
-MAX_CHARS = 1000
-_NO_LANGUAGE = "zxx"
-
-
-@dataclass(frozen=True, slots=True)
-class Guess:
-    """A language by its ISO 639 code, and the probability that it is this one."""
-
-    language: str
-    confidence: float
-
-
-class Identifier(Protocol):
-    """Tells the language of a text."""
-
-    def __call__(self, text: str) -> Guess: ...
+NOT_READY = Skills()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +35,20 @@ class Choice:
     reason: str
 
 
-def identify_language(text: str) -> Guess:
-    """The most likely language of ``text``; the first call loads the model (0.5 s)."""
-    language, confidence = _classifier().classify(text)
-    return Guess(str(language), round(float(confidence), 3))
+def choose(
+    text: str, view: CatalogueView, identify: Identifier = identify_language, skills: Skills = NOT_READY
+) -> Choice:
+    """Picks the abilities for the language and the skill that ``text`` asks for; none when in doubt.
 
-
-def choose(text: str, view: CatalogueView, identify: Identifier = identify_language) -> Choice:
-    """Picks the ability that serves the language of ``text``, or none of them when in doubt."""
+    Reads the first 1,000 characters; :func:`prompt_text` takes head and tail of longer ones.
+    """
+    text = text[:MAX_CHARS]
     if not text.strip():
         return Choice((), "the request has no text to choose by")
-    guess = identify(text[:MAX_CHARS])
-    if guess.language == _NO_LANGUAGE or guess.confidence < MIN_CONFIDENCE:
-        return Choice((), f"no language recognized with confidence (best {guess.language}, {guess.confidence:g})")
-    serving = serving_language(guess.language, view)
-    if not serving:
-        return Choice((), f"no ability serves the language {guess.language} ({guess.confidence:g})")
-    return Choice(
-        (WeightedAbility(serving[0].name),), f"the text is in the language {guess.language} ({guess.confidence:g})"
-    )
+    wish = requested_language(without_quotations(text))
+    language, why_language = _language(text, wish, view, identify)
+    skill, why_skill = _skill(text, wish, view, skills)
+    return Choice(tuple(dict.fromkeys([*language, *skill])), f"{why_language}; {why_skill}")
 
 
 def serving_language(tag: str, view: CatalogueView) -> list[Manifest]:
@@ -83,38 +66,32 @@ def serving_language(tag: str, view: CatalogueView) -> list[Manifest]:
     return [manifest for _, manifest in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def prompt_text(body: Mapping[str, Any]) -> str:
-    """The text that a request is about: the last user message, the prompt, or the input, at most 1,000 characters.
-
-    Understands the bodies of chat completions, completions, responses and messages; anything else is "".
-    """
-    turns = body.get("messages", body.get("input", body.get("prompt")))
-    if isinstance(turns, str):
-        return turns[:MAX_CHARS]
-    if not isinstance(turns, list):
-        return ""
-    for turn in reversed(turns):
-        if isinstance(turn, str):
-            return turn[:MAX_CHARS]
-        if isinstance(turn, dict) and turn.get("role", "user") == "user":
-            return _content_text(turn.get("content"))[:MAX_CHARS]
-    return ""
+def _language(
+    text: str, wish: Wish | None, view: CatalogueView, identify: Identifier
+) -> tuple[list[WeightedAbility], str]:
+    if wish is not None and (serving := serving_language(wish.language, view)):
+        return [WeightedAbility(serving[0].name)], f"the text asks for the language {wish.language}"
+    if wish is not None:  # what it passes along does not count then: "Translate to English: Où est la gare ?"
+        text = instruction_of(text) or text
+    guess = speaking_language(text, identify)
+    if guess.language == NO_LANGUAGE or guess.confidence < MIN_CONFIDENCE:
+        return [], f"no language recognized with confidence (best {guess.language}, {guess.confidence:g})"
+    serving = serving_language(guess.language, view)
+    if not serving:
+        return [], f"no ability serves the language {guess.language} ({guess.confidence:g})"
+    return [WeightedAbility(serving[0].name)], f"the text is in the language {guess.language} ({guess.confidence:g})"
 
 
-def _content_text(content: object) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return ""
-    return "\n".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+def _skill(text: str, wish: Wish | None, view: CatalogueView, skills: Skills) -> tuple[list[WeightedAbility], str]:
+    if wish is not None and wish.translation:
+        return [], "a translation needs no skill"
+    if skills is NOT_READY:
+        return [], "skills cannot be recognized yet"
+    guess = skills.guess(text)
+    if guess is None or guess.skill not in view.entries:
+        return [], "no skill recognized with confidence"
+    return [WeightedAbility(guess.skill)], f"it asks for the skill {guess.skill} ({guess.confidence:g})"
 
 
 def _primary(tag: str) -> str:
     return tag.partition("-")[0]
-
-
-@cache
-def _classifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # type: ignore[import-untyped]
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

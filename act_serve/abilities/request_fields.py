@@ -1,4 +1,7 @@
-"""Reads the fields of a request body that ask for abilities: ``abilities``, ``language`` and ``skill``."""
+"""Reads the fields of a request body that ask for abilities: ``abilities``, ``language`` and ``skill``.
+
+``scale`` is another name for an ability's ``weight``, as in vLLM and llama.cpp.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any, Literal, NoReturn
 
 from act_serve.abilities.catalogue import CatalogueView, offer
 from act_serve.abilities.detect import Choice, serving_language
+from act_serve.abilities.merged_adapters import as_weight
 from act_serve.delta.composition import MAX_ABILITIES, Composition, WeightedAbility
 from act_serve.errors import RequestError, UnknownAbilityError
 
@@ -70,29 +74,21 @@ def _item(item: object) -> WeightedAbility:
         return WeightedAbility(item)
     if not isinstance(item, dict):
         _refuse(item)
-    unknown = sorted(set(item) - {"name", "weight", "version"})
+    unknown = sorted(set(item) - {"name", "weight", "scale", "version"})
     if unknown:
         raise RequestError(f"unknown key {unknown[0][:80]!r} in an ability; {_SHAPES}", param="abilities")
-    name, weight, version = item.get("name"), item.get("weight", 1.0), item.get("version")
+    name, version = item.get("name"), item.get("version")
     if not isinstance(name, str):
         _refuse(item)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise RequestError(
-            f"the weight of ability {name[:80]!r} must be a number, not {str(weight)[:80]!r}", param="abilities"
-        )
+    if "weight" in item and "scale" in item:
+        raise RequestError(f'ability {name[:80]!r} has both "weight" and "scale"; give one of them', param="abilities")
+    weight = item.get("weight", item.get("scale", 1.0))
     if version is not None and (isinstance(version, bool) or not isinstance(version, int) or version < 1):
         raise RequestError(
             f"the version of ability {name[:80]!r} must be a whole number from 1, not {str(version)[:80]!r}",
             param="abilities",
         )
-    return WeightedAbility(name, version, None, _as_float(weight))
-
-
-def _as_float(weight: float) -> float:
-    try:
-        return float(weight)
-    except OverflowError:  # a whole number of hundreds of digits
-        return float("inf")
+    return WeightedAbility(name, version, None, as_weight(weight, f"the weight of ability {name[:80]!r}", "abilities"))
 
 
 def _language(language: object, view: CatalogueView) -> WeightedAbility:

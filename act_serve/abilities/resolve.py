@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from act_serve.abilities.catalogue import CatalogueView
-from act_serve.abilities.detect import Choice, Identifier, choose, identify_language, prompt_text
+from act_serve.abilities.detect import NOT_READY, Choice, choose
+from act_serve.abilities.language import Identifier, identify_language
+from act_serve.abilities.merged_adapters import read_merged_adapters
+from act_serve.abilities.prompt_text import prompt_text
 from act_serve.abilities.request_fields import Asked, read_abilities, read_shorthand, read_text
+from act_serve.abilities.skills import Skills
 from act_serve.delta.composition import Composition, WeightedAbility
 from act_serve.errors import RequestError, UnknownAbilityError
 
-FIELDS = ("abilities", "language", "skill")
+FIELDS = ("abilities", "merged_adapters", "language", "skill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,14 @@ class Resolution:
 
 
 def resolve(
-    body: Mapping[str, Any], *, view: CatalogueView, policy: Policy, identify: Identifier = identify_language
+    body: Mapping[str, Any],
+    *,
+    view: CatalogueView,
+    policy: Policy,
+    skills: Skills = NOT_READY,
+    identify: Identifier = identify_language,
 ) -> Resolution:
-    """Reads ``model``, ``abilities``, ``language`` and ``skill`` of a request body.
+    """Reads ``model`` and the :data:`FIELDS` of a request body; ``skills`` and ``identify`` serve "auto".
 
     Raises:
         RequestError: a field is malformed, or two of them ask for abilities.
@@ -75,28 +84,28 @@ def resolve(
             f'"model" names abilities after the colon and "{given[0]}" asks for some too; use one of them',
             param=given[0],
         )
-    if "abilities" in given and len(given) > 1:
-        raise RequestError(f'"abilities" and "{given[1]}" are both given; use one of them', param=given[1])
-    choice, auto = _wanted(body, suffix, view, policy, identify)
-    return Resolution(_pinned(choice.abilities, view, policy), auto, choice.reason)
+    if len(given) > 1 and given != ["language", "skill"]:
+        raise RequestError(f'"{given[0]}" and "{given[1]}" are both given; use one of them', param=given[1])
+    asked = _asked(body, suffix, view, policy)
+    choice = asked if asked is not None else choose(prompt_text(body), view, identify, skills)
+    return Resolution(_pinned(choice.abilities, view, policy), asked is None, choice.reason)
 
 
-def _wanted(
-    body: Mapping[str, Any], suffix: str | None, view: CatalogueView, policy: Policy, identify: Identifier
-) -> tuple[Choice, bool]:
+def _asked(body: Mapping[str, Any], suffix: str | None, view: CatalogueView, policy: Policy) -> Choice | None:
+    """What the request names, or the server's default; None for "auto"."""
     if suffix is not None:
         asked: Asked = read_text(suffix)
         reason = "named by the request's model"
     elif body.get("abilities") is not None:
         asked = read_abilities(body["abilities"])
         reason = "named by the request"
+    elif body.get("merged_adapters") is not None:
+        asked, reason = read_merged_adapters(body["merged_adapters"]), "named by the request's merged_adapters"
     elif body.get("language") is not None or body.get("skill") is not None:
-        return read_shorthand(body, view), False
+        return read_shorthand(body, view)
     else:
         asked, reason = read_text(policy.default), "the server's default"
-    if asked == "auto":
-        return choose(prompt_text(body), view, identify), True
-    return Choice(asked, reason), False
+    return None if asked == "auto" else Choice(asked, reason)
 
 
 def _pinned(abilities: Iterable[WeightedAbility], view: CatalogueView, policy: Policy) -> Composition:

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from act_serve import __version__
 from act_serve.abilities.catalogue import Catalogue
-from act_serve.abilities.detect import identify_language
+from act_serve.abilities.language import identify_language
 from act_serve.abilities.resolve import Policy
 from act_serve.abilities.store import Store
 from act_serve.server.catalogue_watch import CatalogueWatch

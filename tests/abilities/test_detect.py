@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from act_serve.abilities.catalogue import AbilityEntry, CatalogueView, VersionEntry
-from act_serve.abilities.detect import MIN_CONFIDENCE, Guess, choose, identify_language, prompt_text, serving_language
+from act_serve.abilities.detect import choose, serving_language
+from act_serve.abilities.language import MIN_CONFIDENCE, Guess, identify_language
+from act_serve.abilities.prompt_text import prompt_text
 from tests.abilities.manifests import manifest
 
 
@@ -17,7 +19,7 @@ def view_with(**languages: tuple[str, ...]) -> CatalogueView:
 FRENCH = ["Bonjour, comment allez-vous ?", "Quelle est la capitale de la France ?", "Merci beaucoup",
           "Explique-moi la photosynthèse en deux phrases.", "Traduis cette phrase en anglais.", "Il pleut",
           "Écris un court poème sur la mer.", "Je voudrais réserver une table pour deux personnes."]  # fmt: skip
-OTHER = ["Hello, how are you?", "Translate to French: The cat sleeps on the mat.", "Write a poem about the sea",
+OTHER = ["Hello, how are you?", "Write a poem about the sea", "Translate to English: Où est la bibliothèque ?",
          "¿Dónde está la biblioteca?", "Wie spät ist es?", "Obrigado pela ajuda", "こんにちは",
          "Extract the fields as JSON: Marie Dupont, Paris, 3 mars 2021"]  # fmt: skip
 NOTHING = ["ok", "12345 + 678", '{"a": 1}', "def f(x): return x+1", "SELECT * FROM users;", "asdf qwer zxcv", "???"]
@@ -73,11 +75,12 @@ def test_an_ability_that_merely_names_the_language_comes_last() -> None:
         ({"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}, "one"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]}, "a"),
         ({"prompt": "p"}, "p"),
-        ({"prompt": ["p", "q"]}, "q"),
+        ({"prompt": ["p", "q"]}, "p"),
         ({"prompt": [1, 2, 3]}, ""),
         ({"input": "i"}, "i"),
         ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "i"}]}]}, "i"),
         ({"messages": [{"role": "system", "content": "s"}]}, ""),
+        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": " "}, {"content": "t"}]}, "t"),
         ({"messages": "text"}, "text"),
         ({"messages": [None, 3, {"role": "user", "content": {"odd": 1}}]}, ""),
         ({}, ""),

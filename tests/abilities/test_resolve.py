@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from act_serve.abilities.catalogue import AbilityEntry, CatalogueView, VersionEntry
-from act_serve.abilities.detect import Guess
+from act_serve.abilities.language import Guess
 from act_serve.abilities.resolve import Policy, Resolution, resolve
 from act_serve.errors import ArtifactDamagedError, RequestError, UnknownAbilityError
 from tests.abilities.manifests import manifest
@@ -46,6 +46,13 @@ def run(body: dict[str, Any], policy: Policy = POLICY, language: str = "fr", con
         ({"abilities": [{"name": "fr", "weight": 2}, "math"]}, f"{FR2}*2+{MATH}*1"),
         ({"abilities": [{"name": "fr", "weight": 0}, "math"]}, f"{MATH}*1"),
         ({"abilities": [{"name": "fr", "weight": 0.30000000004}]}, f"{FR2}*0.3"),
+        ({"abilities": [{"name": "fr", "scale": 0.5}]}, f"{FR2}*0.5"),
+        ({"merged_adapters": {"ids": ["math", "fr"]}}, f"{FR2}*1+{MATH}*1"),
+        ({"merged_adapters": {"ids": ["fr"], "weights": [], "merge_strategy": None, "density": 0.0}}, f"{FR2}*1"),
+        (
+            {"merged_adapters": {"ids": ["fr", "math"], "weights": [2, 0.5], "merge_strategy": "linear"}},
+            f"{FR2}*2+{MATH}*0.5",
+        ),
         ({"language": "fr"}, f"{FR2}*1"),
         ({"language": "fr-CA"}, f"{FR2}*1"),
         ({"skill": "math"}, f"{MATH}*1"),
@@ -66,11 +73,11 @@ def test_every_accepted_shape(body: dict[str, Any], text: str) -> None:
 
 
 def test_auto_chooses_by_language_and_says_so() -> None:
-    body = {"abilities": "auto", "messages": [{"role": "user", "content": "Bonjour"}]}
+    body = {"abilities": "auto", "messages": [{"role": "user", "content": "Bonjour à vous trois"}]}
     resolution = run(body)
     assert str(resolution.composition) == f"{FR2}*1"
     assert resolution.auto
-    assert resolution.report()["reason"] == "the text is in the language fr (0.9)"
+    assert resolution.report()["reason"] == "the text is in the language fr (0.9); skills cannot be recognized yet"
     assert run(body, language="de").composition.abilities == ()
     assert run({**body, "abilities": None, "model": "base:auto"}).auto
 
@@ -92,7 +99,25 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"abilities": [None]}, '"abilities" is a list'),
     ({"abilities": [["fr"]]}, '"abilities" is a list'),
     ({"abilities": [{"weight": 1}]}, '"abilities" is a list'),
-    ({"abilities": [{"name": "fr", "scale": 1}]}, "unknown key 'scale'"),
+    ({"abilities": [{"name": "fr", "strength": 1}]}, "unknown key 'strength'"),
+    ({"abilities": [{"name": "fr", "scale": 1, "weight": 1}]}, 'both "weight" and "scale"'),
+    ({"abilities": [{"name": "fr", "scale": "1"}]}, "must be a number"),
+    ({"merged_adapters": ["fr"]}, '"merged_adapters" is an object'),
+    ({"merged_adapters": {}}, '"ids" must be a list of names'),
+    ({"merged_adapters": {"ids": []}}, '"ids" must be a list of names'),
+    ({"merged_adapters": {"ids": ["fr", 3]}}, '"ids" must be a list of names'),
+    ({"merged_adapters": {"ids": ["fr"] * 40}}, "40 ids"),
+    ({"merged_adapters": {"ids": ["fr", "fr"]}}, "named twice"),
+    ({"merged_adapters": {"ids": ["../x"]}}, "not an ability name"),
+    ({"merged_adapters": {"ids": ["fr"], "weights": [1, 1]}}, "as many numbers as there are ids"),
+    ({"merged_adapters": {"ids": ["fr"], "weights": ["1"]}}, "weight 1 must be a number"),
+    ({"merged_adapters": {"ids": ["fr"], "weights": [10**400]}}, "must be a finite number"),
+    ({"merged_adapters": {"ids": ["fr"], "weights": [-1]}}, "refuses negative weights"),
+    ({"merged_adapters": {"ids": ["fr"], "merge_strategy": "ties"}}, "act-serve merge"),
+    ({"merged_adapters": {"ids": ["fr"], "revision": "main"}}, "unknown key 'revision'"),
+    ({"merged_adapters": {"ids": ["fr"]}, "abilities": ["fr"]}, "use one of them"),
+    ({"merged_adapters": {"ids": ["fr"]}, "language": "fr"}, "use one of them"),
+    ({"merged_adapters": {"ids": ["fr"]}, "model": "base:fr"}, "use one of them"),
     ({"abilities": [{"name": "fr", "weight": "1"}]}, "must be a number"),
     ({"abilities": [{"name": "fr", "weight": True}]}, "must be a number"),
     ({"abilities": [{"name": "fr", "weight": None}]}, "must be a number"),
@@ -135,7 +160,7 @@ def test_malformed_requests_are_refused_with_what_to_send_instead(body: dict[str
         run(body)
     assert message in str(caught.value)
     assert caught.value.http_status == 400
-    assert caught.value.param in ("abilities", "language", "skill", "model")
+    assert caught.value.param in ("abilities", "merged_adapters", "language", "skill", "model")
     assert len(str(caught.value)) < 600
 
 
