@@ -88,9 +88,14 @@ def _skill(text: str, wish: Wish | None, view: CatalogueView, skills: Skills) ->
     if skills is NOT_READY:
         return [], "skills cannot be recognized yet"
     guess = skills.guess(text)
-    if guess is None or guess.skill not in view.entries:
+    if guess is None or not _usable(guess.skill, view):
         return [], "no skill recognized with confidence"
     return [WeightedAbility(guess.skill)], f"it asks for the skill {guess.skill} ({guess.confidence:g})"
+
+
+def _usable(name: str, view: CatalogueView) -> bool:
+    entry = view.entries.get(name)
+    return entry is not None and entry.active.manifest is not None
 
 
 def _primary(tag: str) -> str:

@@ -8,6 +8,8 @@ choices under one in a hundred.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,9 +23,12 @@ from act_serve.errors import MissingExtraError
 
 MIN_EXEMPLARS = 5
 MAX_CHARS = 600
+MAX_SKILLS = 64  # keeps the weights of words small, even beside a store of thousands
+MAX_EXEMPLARS = 200
 FALSE_CHOICES = 0.01
 LEAST_CONFIDENCE = 0.5
 _NONE = ""
+_log = logging.getLogger(__name__)
 _FOLDS = 5
 _NUMBER = re.compile(r"\d+(?:[.,:/-]\d+)*")
 _SHAPES = ("{", "?", ":", "\n", "(", "=")
@@ -91,7 +96,9 @@ def skills_key(view: CatalogueView) -> Key:
 
 
 def fit_skills(view: CatalogueView) -> Skills:
-    """Fits the classifier to a catalogue; a second or two for a few abilities, so call it in a thread.
+    """Fits the classifier to a catalogue; half a second for a few abilities, two the first time.
+
+    Call it in a thread.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
@@ -100,6 +107,11 @@ def fit_skills(view: CatalogueView) -> Skills:
     skills = [m for m in view.manifests() if m.kind == "skill" and len(m.exemplars) >= MIN_EXEMPLARS]
     if not skills:
         return Skills(key)
+    if len(skills) > MAX_SKILLS:
+        _log.warning(
+            "auto tells the first %d skills apart; the other %d must be named", MAX_SKILLS, len(skills) - MAX_SKILLS
+        )
+        skills = skills[:MAX_SKILLS]
     texts, labels = _examples(skills, [m for m in view.manifests() if m.kind == "language"])
     try:
         from sklearn.linear_model import LogisticRegression
@@ -122,9 +134,11 @@ def background() -> tuple[str, ...]:
 def _examples(skills: Iterable[Manifest], languages: Iterable[Manifest]) -> tuple[list[str], list[str]]:
     texts, labels = [], []
     for manifest in skills:
-        texts += [manifest.description, *manifest.exemplars]
-        labels += [manifest.name] * (1 + len(manifest.exemplars))
-    others = [*background(), *(text for manifest in languages for text in manifest.exemplars)]
+        own = [manifest.description, *manifest.exemplars[:MAX_EXEMPLARS]]
+        texts += own
+        labels += [manifest.name] * len(own)
+    languages = itertools.islice(languages, MAX_SKILLS)
+    others = [*background(), *(text for manifest in languages for text in manifest.exemplars[:MAX_EXEMPLARS])]
     return texts + others, labels + [_NONE] * len(others)
 
 

@@ -20,6 +20,7 @@ from act_serve.server.control import control_routes
 from act_serve.server.forward import Forwarder, open_session
 from act_serve.server.inference import Inference
 from act_serve.server.metrics import RouterMetrics
+from act_serve.server.skill_watch import SkillWatch
 from act_serve.server.upstream import Upstream
 
 
@@ -32,7 +33,7 @@ def build_app(settings: ServerSettings, base_model: str, open_upstream: Callable
         open_upstream: gives the seam to the engines; called once, when the app starts.
     """
     catalogue = Catalogue(Store(settings.store))
-    watch = CatalogueWatch(catalogue, settings.catalogue_refresh_s)
+    watch = CatalogueWatch(catalogue, settings.catalogue_refresh_s, SkillWatch())
     policy = Policy(base_model, settings.default_abilities, settings.allow_negative_weights)
     metrics = RouterMetrics()
 

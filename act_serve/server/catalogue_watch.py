@@ -7,7 +7,9 @@ import logging
 import time
 
 from act_serve.abilities.catalogue import Catalogue, CatalogueView
+from act_serve.abilities.skills import Skills
 from act_serve.errors import StoreError
+from act_serve.server.skill_watch import SkillWatch
 
 _log = logging.getLogger(__name__)
 
@@ -18,10 +20,11 @@ class CatalogueWatch:
     Args:
         catalogue: to keep up to date.
         period_s: between two readings; requests for unknown names cause at most one more in that time.
+        skills: follows what each reading finds.
     """
 
-    def __init__(self, catalogue: Catalogue, period_s: float) -> None:
-        self._catalogue, self._period_s = catalogue, period_s
+    def __init__(self, catalogue: Catalogue, period_s: float, skills: SkillWatch) -> None:
+        self._catalogue, self._period_s, self._skills = catalogue, period_s, skills
         self._looking = asyncio.Lock()
         self._looked = float("-inf")
 
@@ -30,12 +33,18 @@ class CatalogueWatch:
         """What the last reading found."""
         return self._catalogue.view
 
+    @property
+    def skills(self) -> Skills:
+        """The classifier of skills that was fitted last."""
+        return self._skills.skills
+
     async def refresh(self) -> None:
         """Reads the store; where that fails, the catalogue stays as it was and the log says why."""
         try:
             await asyncio.to_thread(self._catalogue.refresh)
         except (StoreError, OSError) as exc:
             _log.warning("the ability store cannot be read, so the catalogue stays as it was: %s", exc)
+        self._skills.follow(self.view)
 
     async def run(self) -> None:
         """Refreshes for ever."""

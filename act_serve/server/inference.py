@@ -76,18 +76,20 @@ class Inference:
         headers.append(("content-type", "application/json"))
         if resolution.composition:
             headers.append((MODEL_HEADER, body["model"]))
-        used = (b"x-act-abilities", resolution.composition.header().encode())
         report = json.dumps(resolution.report()).encode()
-        return Exchange("POST", target, headers, json.dumps(body).encode(), report, (used,))
+        return Exchange("POST", target, headers, json.dumps(body).encode(), report, _answer_headers(resolution))
+
+    def _resolve_now(self, body: dict[str, Any]) -> Resolution:
+        return resolve(body, view=self.catalogue.view, policy=self.policy, skills=self.catalogue.skills)
 
     async def _resolve(self, body: dict[str, Any]) -> Resolution:
         start = time.perf_counter()
         try:
-            resolution = resolve(body, view=self.catalogue.view, policy=self.policy)
+            resolution = self._resolve_now(body)
         except UnknownAbilityError as exc:  # it may have been published a moment ago
             if exc.param == "model" or not await self.catalogue.look_again():
                 raise
-            resolution = resolve(body, view=self.catalogue.view, policy=self.policy)
+            resolution = self._resolve_now(body)
         self.metrics.decision.observe(time.perf_counter() - start)
         for ability in resolution.composition.abilities:
             self.metrics.abilities.labels(ability.name).inc()
@@ -95,6 +97,13 @@ class Inference:
             for name in [a.name for a in resolution.composition.abilities] or ["none"]:
                 self.metrics.auto.labels(name).inc()
         return resolution
+
+
+def _answer_headers(resolution: Resolution) -> tuple[tuple[bytes, bytes], ...]:
+    used = (b"x-act-abilities", resolution.composition.header().encode())
+    if not resolution.auto:
+        return (used,)
+    return used, (b"x-act-reason", resolution.reason.encode("ascii", "replace"))
 
 
 class _Started:

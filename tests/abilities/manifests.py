@@ -8,6 +8,16 @@ from typing import Any
 from act_serve.delta.manifest import MANIFEST_FILE, Counts, Localization, Manifest, ModelFingerprint, dump_manifest
 
 _ZEROS = "0" * 64
+WORD_PROBLEMS = (
+    "Anna buys 4 boxes of 6 pencils and gives 5 away. How many pencils are left?",
+    "A train ride takes 3 hours and 25 minutes. How many minutes is that?",
+    "Tom has 50 euros and buys 3 books at 12 euros each. How much money remains?",
+    "Leo is 14 and his sister is 5 years older. How old are they together?",
+    "If a worker makes 15 parts a day, how many parts are made in 4 days?",
+    "Three brothers share 72 sweets equally and each eats 10. How many sweets has each of them left?",
+    "Julie a 4 boîtes de 6 crayons et en donne 5. Combien de crayons lui reste-t-il ?",
+    "Marc a 50 euros et achète 3 livres à 12 euros pièce. Combien d'argent lui reste-t-il ?",
+)
 
 
 def manifest(name: str, version: int = 1, **changes: Any) -> Manifest:

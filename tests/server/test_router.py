@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from act_serve.errors import StoreError
 from act_serve.server.app import build_app
 from act_serve.server.config import ServerSettings
 from act_serve.server.upstream import FixedUpstream, Replica
-from tests.abilities.manifests import publish
+from tests.abilities.manifests import WORD_PROBLEMS, publish
 from tests.server.fake_engine import FakeEngine, fake_engine, serving
 
 CHAT = "/v1/chat/completions"
@@ -36,7 +37,7 @@ def engine() -> Iterator[FakeEngine]:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("store")
     publish(root, "fr", kind="language", languages=("fr",))
-    publish(root, "math", kind="skill")
+    publish(root, "math", kind="skill", exemplars=WORD_PROBLEMS)
     publish(root, "torn")
     (root / "torn" / "1" / MANIFEST_FILE).write_text("{")
     return root
@@ -89,6 +90,51 @@ def test_auto_reports_what_it_chose(client: httpx.Client) -> None:
     assert act["auto"]
     assert [a["name"] for a in act["abilities"]] == ["fr"]
     assert "language fr" in act["reason"]
+
+
+def auto(client: httpx.Client, *turns: str) -> httpx.Response:
+    """Asks once the router knows its skills; user and assistant speak in turns."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]
+    for _ in range(600):
+        reply = client.post(CHAT, json={"abilities": "auto", "messages": messages})
+        if "yet" not in reply.json()["act"]["reason"]:
+            return reply
+        time.sleep(0.05)
+    raise AssertionError("the classifier of skills is never ready")
+
+
+def test_auto_chooses_language_and_skill_and_says_why_in_body_and_header(client: httpx.Client) -> None:
+    reply = auto(client, "Claire a 30 euros et achète 2 livres à 7 euros pièce. Combien d'argent lui reste-t-il ?")
+    act = reply.json()["act"]
+    assert reply.headers["x-act-abilities"] == "fr@1*1,math@1*1"
+    assert reply.headers["x-act-reason"] == act["reason"]
+    assert "language fr" in act["reason"]
+    assert "skill math" in act["reason"]
+    plain = auto(client, "Tell me about the history of Scotland.")
+    assert plain.json()["act"]["abilities"] == []
+    assert "no skill" in plain.headers["x-act-reason"]
+    assert "x-act-reason" not in client.post(CHAT, json={"abilities": ["fr"]}).headers
+
+
+def test_a_conversation_keeps_its_choice_unless_the_request_says_otherwise(client: httpx.Client) -> None:
+    turns = ["Explique-moi la photosynthèse en deux phrases.", "Les plantes ...", "ok, thanks, and how old are oaks?"]
+    assert (
+        auto(client, *turns).headers["x-act-abilities"] == auto(client, turns[0]).headers["x-act-abilities"] == "fr@1*1"
+    )
+    messages = [{"role": "user", "content": turns[0]}, {"role": "user", "content": turns[2]}]
+    assert (
+        client.post(CHAT, json={"abilities": ["math"], "messages": messages}).headers["x-act-abilities"] == "math@1*1"
+    )
+
+
+def test_the_fields_of_lorax_reach_no_engine(client: httpx.Client, engine: FakeEngine) -> None:
+    reply = client.post(CHAT, json={"merged_adapters": {"ids": ["fr", "math"], "weights": [1, 0.5]}, "messages": []})
+    assert reply.headers["x-act-abilities"] == "fr@1*1,math@1*0.5"
+    assert engine.requests[-1][2].keys() == {"model", "messages"}
+    refused = client.post(CHAT, json={"merged_adapters": {"ids": ["fr"], "merge_strategy": "ties"}, "messages": []})
+    assert refused.status_code == 400
+    assert "act-serve merge" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("how", ["stream", "split head"])
