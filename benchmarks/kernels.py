@@ -1,4 +1,4 @@
-"""The kernels' forms on one layer shape after the other, in turn: microseconds per call and their ratio.
+"""The kernels' forms on one layer shape after the other, in turn: microseconds per call beside the layer's own product.
 
     python -m benchmarks.kernels [--json FILE]
 
@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from act_serve.kernels.numba_impl import add_rows_numba
-from act_serve.kernels.packed import PackedRows
+from act_serve.kernels.native import NativeRows, compile_native
+from act_serve.kernels.rows import AbilityRows, ActiveRows, TokenWeights
 from act_serve.kernels.torch_impl import add_rows_torch
+from act_serve.models.loading import cache_home
 
 LAYERS = {"qkv": (576, 960), "o": (576, 576), "gate_up": (576, 3072), "down": (1536, 576)}  # I, O
-CALLS, ROUNDS = 20, 15
+CALLS, ROUNDS = 20, 40
 
 
 def best_us(call: Callable[[], None]) -> float:
@@ -35,28 +36,40 @@ def best_us(call: Callable[[], None]) -> float:
     return min(rounds) * 1e6
 
 
+def random_rows(abilities: int, in_features: int, out_features: int) -> ActiveRows:
+    """Abilities of 5 % of a layer's rows."""
+    count = out_features // 20
+    rows = [torch.randperm(out_features)[:count].sort().values.int() for _ in range(abilities)]
+    return ActiveRows([AbilityRows(each, torch.randn(count, in_features).bfloat16()) for each in rows])
+
+
 def main() -> None:
     """Measures, prints a table, and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    native = NativeRows(compile_native(cache_home() / "kernels"), torch.bfloat16)
     cases = {}
     for layer, (in_features, out_features) in LAYERS.items():
         for tokens in (1, 16, 512):
             for abilities in (1, 4):
-                count = out_features // 20
-                rows = [torch.randperm(out_features)[:count].sort().values for _ in range(abilities)]
-                delta_NI = torch.randn(count * abilities, in_features).bfloat16()
-                packed = PackedRows(delta_NI, torch.cat(rows), (count,) * abilities)
-                x_TI = torch.randn(tokens, in_features).bfloat16()
-                y_TO = torch.randn(tokens, out_features).bfloat16()
-                weight_TA = torch.nn.functional.one_hot(torch.arange(tokens) % abilities, abilities).float()
-                by_torch = best_us(lambda: add_rows_torch(x_TI, y_TO, packed, weight_TA))  # noqa: B023
-                by_numba = best_us(lambda: add_rows_numba(x_TI, y_TO, packed, weight_TA))  # noqa: B023
                 name = f"{layer}_{tokens}_tokens_{abilities}_abilities"
-                cases[name] = {"torch_us": round(by_torch, 1), "numba_us": round(by_numba, 1)}
+                active, x_TI = random_rows(abilities, in_features, out_features), torch.randn(tokens, in_features)
+                x_TI, y_TO = x_TI.bfloat16(), torch.randn(tokens, out_features).bfloat16()
+                weight_TO = torch.randn(out_features, in_features).bfloat16()
+                owner_T = torch.arange(tokens) * abilities // tokens
+                weights = TokenWeights(torch.nn.functional.one_hot(owner_T, abilities).float().numpy())
+                base = best_us(lambda: torch.mm(x_TI, weight_TO.t()))  # noqa: B023
+                by_torch = best_us(lambda: add_rows_torch(x_TI, y_TO, active, weights))  # noqa: B023
+                by_native = best_us(lambda: native(x_TI, y_TO, active, weights))  # noqa: B023
+                cases[name] = {
+                    "base_us": round(base, 1),
+                    "torch_us": round(by_torch, 1),
+                    "native_us": round(by_native, 1),
+                }
                 print(
-                    f"{name:34} torch {by_torch:8.1f} us   numba {by_numba:8.1f} us   {by_torch / by_numba:5.1f} times"
+                    f"{name:32} layer {base:7.1f} us   torch {by_torch:7.1f} us   native {by_native:7.1f} us   "
+                    f"{by_torch / by_native:5.1f} times"
                 )
     if options.json:
         options.json.write_text(json.dumps({"cases": cases}, indent=2) + "\n")

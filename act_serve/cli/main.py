@@ -36,7 +36,6 @@ EXTRAS = {
         "aiohttp",
         "fastapi",
         "httpx",
-        "numba",
         "prometheus_client",
         "psutil",
         "py3langid",

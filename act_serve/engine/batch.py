@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import torch
+
+from act_serve.engine.ability_key import AbilityKey
+from act_serve.kernels.rows import TokenWeights
 
 
 @dataclass(slots=True)
@@ -14,31 +16,30 @@ class BatchTable:
     """The weights of one step, shared by all layers and replaced before every step.
 
     Attributes:
-        device: where the layers run.
-        active: number of packed abilities that the layers must apply, A; 0 means that no token uses any.
-        weight_TA: ``[T, A]`` fp32; 0 where the token does not use the ability.
+        abilities: the A abilities that some token uses; the same object as long as they stay the same.
+        weights: of every token on each of them; None when no token uses any.
     """
 
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    active: int = 0
-    weight_TA: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    abilities: tuple[AbilityKey, ...] = ()
+    weights: TokenWeights | None = None
 
     def clear(self) -> None:
-        """No token of this step uses an ability."""
-        self.active = 0
+        """No token of the step uses an ability."""
+        self.weights = None
 
-    def fill(self, ids_T: Sequence[int], weights: Mapping[int, Sequence[float]], active: int) -> None:
+    def fill(self, ids_T: Sequence[int], compositions: Mapping[int, Mapping[AbilityKey, float]]) -> None:
         """Sets the step's weights.
 
         Args:
             ids_T: adapter id of each token, 0 for the base model.
-            weights: per adapter id in the batch, its weight on each of the ``active`` packed abilities.
-            active: A.
+            compositions: per adapter id in the batch, its abilities' weights.
         """
+        abilities = tuple(sorted({key for weights in compositions.values() for key in weights}))
+        if abilities != self.abilities:
+            self.abilities = abilities
         ids, inverse_T = np.unique(np.asarray(ids_T, dtype=np.int64), return_inverse=True)
-        table = np.zeros((len(ids), active), dtype=np.float32)
-        for row, adapter_id in enumerate(ids):
-            if adapter_id in weights:
-                table[row] = weights[int(adapter_id)]
-        self.weight_TA = torch.from_numpy(table[inverse_T]).to(self.device)
-        self.active = active
+        table = np.zeros((len(ids), len(abilities)), dtype=np.float32)
+        for row, adapter_id in enumerate(ids.tolist()):
+            of = compositions.get(adapter_id, {})
+            table[row] = [of.get(key, 0.0) for key in self.abilities]
+        self.weights = TokenWeights(table[inverse_T])

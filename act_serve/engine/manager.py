@@ -6,7 +6,8 @@ costs nothing but an entry in a table; only abilities take memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,15 @@ from act_serve.delta.composition import Composition
 from act_serve.delta.fingerprint import check_base
 from act_serve.delta.fit import ModuleShape, check_modules
 from act_serve.delta.manifest import ModelFingerprint
+from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.batch import BatchTable
 from act_serve.engine.layers import DeltaLayer, DeltaLinearMethod
 from act_serve.engine.plan import LayerPlan, plan_layers
-from act_serve.engine.residents import AbilityKey, ResidentAbilities
+from act_serve.engine.residents import ResidentAbilities
 from act_serve.errors import ArtifactDamagedError, EngineError
 from act_serve.kernels.dispatch import choose_add_rows
+from act_serve.kernels.rows import AbilityRows
+from act_serve.models.loading import cache_home
 
 logger = init_logger("vllm.act_serve")
 
@@ -59,6 +63,8 @@ class AbilityManager:
         self._batch = BatchTable()
         self._compositions: dict[int, _Resolved] = {}
         self._last_mapping: tuple[int, ...] | None = None
+        self._loader = ThreadPoolExecutor(1, "ability-loader")
+        self._loading: dict[AbilityKey, Future[list[AbilityRows]]] = {}
         self.plans: list[LayerPlan] = []
         self._residents: ResidentAbilities
 
@@ -69,8 +75,22 @@ class AbilityManager:
         """The checkpoint modules that deltas may change, with their whole shapes."""
         return {part.module: part.shape for plan in self.plans for part in plan.parts}
 
+    def start_loading(self, keys: Iterable[AbilityKey]) -> None:
+        """Reads, checks and converts abilities in a thread, while steps go on; :meth:`add_adapter` makes them visible.
+
+        What was begun earlier and never taken is dropped, so that requests that gave up hold no memory.
+        """
+        wanted = [key for key in keys if key not in self._residents]
+        started = {key: self._loading.get(key) for key in wanted}
+        self._loading = {key: future or self._loader.submit(self._prepare, key) for key, future in started.items()}
+
+    def loading(self, keys: Iterable[AbilityKey]) -> bool:
+        """Whether one of these abilities is still being read."""
+        return any(key in self._loading and not self._loading[key].done() for key in keys)
+
     def evict(self, key: AbilityKey) -> None:
         """Forgets an ability and every composition with it; nothing in flight may use it."""
+        self._loading.pop(key, None)
         for adapter_id in [i for i, resolved in self._compositions.items() if key in resolved.weights]:
             self.remove_adapter(adapter_id)
         if key in self._residents:
@@ -82,14 +102,15 @@ class AbilityManager:
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any = None) -> torch.nn.Module:
         """Puts a delta layer behind every linear layer of the model, and returns the model."""
         self.plans = plan_layers(model)
-        self._batch.device = device = next(model.parameters()).device
+        device = next(model.parameters()).device
+        dtypes = {plan.layer.params_dtype for plan in self.plans}
+        kernels = {dtype: choose_add_rows(device, dtype, cache_home() / "kernels") for dtype in dtypes}
         layers = []
         for plan in self.plans:
-            like = torch.empty(0, dtype=plan.layer.params_dtype, device=device)
-            layer = DeltaLayer(plan.name, self._batch, plan.width, like, choose_add_rows(device, like.dtype))
+            layer = DeltaLayer(plan.name, self._batch, kernels[plan.layer.params_dtype])
             plan.layer.quant_method = DeltaLinearMethod(plan.layer.quant_method, layer)
             layers.append(layer)
-        self._residents = ResidentAbilities(self.plans, layers, self._max_resident_bytes)
+        self._residents = ResidentAbilities(self.plans, layers, device, self._max_resident_bytes)
         return model
 
     def add_adapter(self, request: LoRARequest) -> bool:
@@ -184,8 +205,13 @@ class AbilityManager:
     def _load(self, resolved: _Resolved, in_use: set[AbilityKey], over_budget: bool = False) -> bool:
         missing = [key for key in resolved.weights if key not in self._residents]
         for key in missing:
-            self._residents.load(key, self._read(key), in_use, over_budget)
+            started = self._loading.pop(key, None)
+            prepared = started.result() if started else self._prepare(key)
+            self._residents.install(key, prepared, in_use, over_budget)
         return bool(missing)
+
+    def _prepare(self, key: AbilityKey) -> list[AbilityRows]:
+        return self._residents.prepare(key, self._read(key))
 
     def _read(self, key: AbilityKey) -> Any:
         """The delta of a stored ability, checked against this model."""
@@ -206,6 +232,5 @@ class AbilityManager:
         keys = {key for resolved in active.values() for key in resolved.weights}
         for resolved in active.values():
             self._load(resolved, in_use=keys, over_budget=True)
-        packed = self._residents.activate(keys)
-        weights = {i: [resolved.weights.get(key, 0.0) for key in packed] for i, resolved in active.items()}
-        self._batch.fill(ids_T, weights, len(packed))
+        self._residents.touch(keys)
+        self._batch.fill(ids_T, {i: resolved.weights for i, resolved in active.items()})

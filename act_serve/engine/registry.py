@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from vllm.lora.request import LoRARequest
 
 from act_serve.delta.composition import Composition
+from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.admission import Admission, split_model
-from act_serve.engine.residents import AbilityKey
 from act_serve.engine.resolver import adapter_request
 from act_serve.engine.seats import Seats
 from act_serve.errors import EngineError, RequestError, UnknownAbilityError
 
 # Compositions that vLLM's app remembers; an entry is a few hundred bytes. Far more than can be in flight at once.
 _CAPACITY = 16_384
+_POLL_S = 0.003
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +94,21 @@ class CompositionRegistry:
         return _Known(request, self._sizes(pinned))
 
     def _sizes(self, pinned: Composition) -> dict[AbilityKey, int]:
-        """Resident bytes by ability: values in the engine's dtype, and an 8-byte index per row."""
+        """Resident bytes by ability: values in the engine's dtype, and a 4-byte index per row."""
         sizes = {}
         for ability in pinned.abilities:
             counts = self._admission.store.manifest(ability.name, ability.version).counts
             key = AbilityKey.of(ability)
-            sizes[key] = counts.parameters * self._value_bytes + counts.channels * 8
+            sizes[key] = counts.parameters * self._value_bytes + counts.channels * 4
         return sizes
 
     async def _load(self, known: _Known) -> None:
+        """The workers read in a thread of theirs, so that requests in flight get their tokens meanwhile."""
+        keys = [astuple(key) for key in known.sizes]
         try:
+            await self._client.collective_rpc("start_loading", args=(keys,))
+            while any(await self._client.collective_rpc("loading", args=(keys,))):
+                await asyncio.sleep(_POLL_S)
             await self._client.add_lora(known.request)
         except Exception as exc:  # vLLM raises a bare Exception with the worker's text
             raise EngineError(f"the engine could not load {known.request.lora_name}: {exc}") from exc

@@ -12,8 +12,8 @@ import torch
 from vllm.platforms import current_platform
 
 from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.manager import AbilityManager
-from act_serve.engine.residents import AbilityKey
 from act_serve.engine.settings import DEFAULT_RESIDENT_BYTES, RESIDENT_ENV, STORE_ENV
 from act_serve.errors import EngineError
 
@@ -69,6 +69,14 @@ class AbilityWorker(_Worker):
             for plan in self.ability_manager.plans
             for part in plan.parts
         }
+
+    def start_loading(self, keys: list[tuple[str, int, str]]) -> None:
+        """Begins to load abilities in a thread; each is name, version, digest."""
+        self.ability_manager.start_loading(AbilityKey(*key) for key in keys)
+
+    def loading(self, keys: list[tuple[str, int, str]]) -> bool:
+        """Whether one of these abilities is still being read."""
+        return self.ability_manager.loading(AbilityKey(*key) for key in keys)
 
     def evict_ability(self, name: str, version: int, digest: str) -> None:
         """Takes an ability out of memory, whatever named it."""

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from act_serve.kernels.packed import PackedRows
+from act_serve.kernels.rows import ActiveRows, TokenWeights
 
 
-def add_rows_reference(x_TI: torch.Tensor, y_TO: torch.Tensor, packed: PackedRows, weight_TA: torch.Tensor) -> None:
+def add_rows_reference(x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
     """Adds each token's weighted ability rows to its output, in place, accumulating in fp32.
 
-    ``y_TO[t, rows_N[n]] += weight_TA[t, owner_N[n]] * (x_TI[t] · delta_NI[n] + bias_N[n])``
+    ``y_TO[t, rows_N[n]] += weight_TA[t, a] * (x_TI[t] · delta_NI[n] + bias_N[n])`` for every row n of every ability a
 
     Args:
         x_TI: ``[T, I]`` bf16, fp16 or fp32.
         y_TO: ``[T, O]``, same dtype, changed in place; untouched bit for bit where no weighted row falls.
-        packed: the rows of A abilities.
-        weight_TA: ``[T', A]`` fp32, T' <= T; 0 means that the token does not use the ability, and tokens from T' on
-            are padding, which uses none.
+        active: the rows of A abilities in this layer.
+        weights: of T' <= T tokens; those from T' on are padding, which uses no ability.
     """
-    tokens = weight_TA.shape[0]
+    weight_TA = torch.from_numpy(weights.weight_TA).to(x_TI.device)
+    tokens = len(weight_TA)
     x, y = x_TI[:tokens].float(), y_TO[:tokens].float()
-    n = 0
-    for owner, count in enumerate(packed.counts):
-        weight_T = weight_TA[:, owner]
-        used_T = weight_T != 0
-        for n in range(n, n + count):  # noqa: B020 - goes on where the last ability ended
-            value_T = x @ packed.delta_NI[n].float() + (0.0 if packed.bias_N is None else packed.bias_N[n].float())
-            y[used_T, packed.rows_N[n]] += (weight_T * value_T)[used_T]
-        n += bool(count)
+    for number, ability in enumerate(active.abilities):
+        used_T = weight_TA[:, number] != 0
+        for n, row in enumerate(ability.rows_N.tolist()):
+            value_T = x @ ability.delta_NI[n].float() + (0.0 if ability.bias_N is None else ability.bias_N[n].float())
+            y[used_T, row] += (weight_TA[:, number] * value_T)[used_T]
     y_TO[:tokens] = y.to(y_TO.dtype)

@@ -1,17 +1,19 @@
-"""The operation in three torch calls, on any device: one product over all packed rows, scaled, added where they lie."""
+"""The operation in torch calls, on any device: per ability one product of its tokens and rows, added where they lie."""
 
 from __future__ import annotations
 
 import torch
 
-from act_serve.kernels.packed import PackedRows
+from act_serve.kernels.rows import ActiveRows, TokenWeights
 
 
-def add_rows_torch(x_TI: torch.Tensor, y_TO: torch.Tensor, packed: PackedRows, weight_TA: torch.Tensor) -> None:
-    """As :func:`act_serve.kernels.reference.add_rows_reference`; the product is rounded to the dtype of ``x_TI``."""
-    tokens = weight_TA.shape[0]
-    counts_A = torch.tensor(packed.counts, device=weight_TA.device)
-    weight_TN = weight_TA.repeat_interleave(counts_A, dim=1, output_size=sum(packed.counts))
-    value_TN = packed.products(x_TI[:tokens])
-    torch.mul(value_TN, weight_TN, out=value_TN)
-    y_TO[:tokens].index_add_(1, packed.rows_N, value_TN)
+def add_rows_torch(x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
+    """As :func:`act_serve.kernels.reference.add_rows_reference`; products are rounded to the dtype of ``x_TI``."""
+    for ability, use in zip(active.abilities, weights.uses, strict=True):
+        if not len(use.tokens_P) or not len(ability.rows_N):
+            continue
+        tokens_P = torch.from_numpy(use.tokens_P).long().to(x_TI.device)
+        weight_P1 = torch.from_numpy(use.weight_P).to(x_TI.device)[:, None]
+        value_PN = ability.products(x_TI[tokens_P]).float().mul_(weight_P1)
+        place = (tokens_P[:, None], ability.rows_N.long())
+        y_TO[place] = (y_TO[place].float() + value_PN).to(y_TO.dtype)

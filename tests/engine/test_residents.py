@@ -1,8 +1,10 @@
-"""Loading, packing, evicting and applying abilities, against dense arithmetic, without an engine."""
+"""Loading, evicting and applying abilities, against dense arithmetic, without an engine."""
 
 from __future__ import annotations
 
 import random
+import weakref
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +13,14 @@ import torch
 
 from act_serve.delta.artifact import ModuleDelta
 from act_serve.delta.fit import ModuleShape
+from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.batch import BatchTable
 from act_serve.engine.layers import DeltaLayer
 from act_serve.engine.plan import LayerPlan, Part
-from act_serve.engine.residents import AbilityKey, ResidentAbilities
+from act_serve.engine.residents import ResidentAbilities
 from act_serve.errors import EngineError
 from act_serve.kernels.dispatch import choose_add_rows
+from act_serve.models.loading import cache_home
 
 IN, OUT = 12, {"q": 10, "k": 6}
 
@@ -26,13 +30,13 @@ class Bench:
 
     def __init__(self, abilities: int, max_bytes: int) -> None:
         self.batch = BatchTable()
-        add_rows = choose_add_rows(torch.device("cpu"), torch.float32)
-        self.layer = DeltaLayer("layer", self.batch, IN, torch.empty(0), add_rows)
+        cpu = torch.device("cpu")
+        self.layer = DeltaLayer("layer", self.batch, choose_add_rows(cpu, torch.float32, cache_home() / "kernels"))
         shapes = {name: ModuleShape(size, IN, bias=True) for name, size in OUT.items()}
         parts = (Part("q", shapes["q"], range(10), 0), Part("k", shapes["k"], range(6), 10))
-        linear: Any = SimpleNamespace(input_size=IN)
+        linear: Any = SimpleNamespace(input_size=IN, params_dtype=torch.float32)
         plans = [LayerPlan("layer", linear, parts, slice(None), adds_bias=True)]
-        self.residents = ResidentAbilities(plans, [self.layer], max_bytes)
+        self.residents = ResidentAbilities(plans, [self.layer], cpu, max_bytes)
         self.keys = [AbilityKey(f"a{i}", 1, "0" * 12) for i in range(abilities)]
         self.modules = {key: self._random() for key in self.keys}
 
@@ -43,6 +47,9 @@ class Bench:
             bias = torch.randn(len(rows)) if random.random() < 0.5 else None
             modules[name] = ModuleDelta(rows, torch.randn(len(rows), IN), bias)
         return modules
+
+    def load(self, key: AbilityKey, in_use: Collection[AbilityKey] = ()) -> None:
+        self.residents.install(key, self.residents.prepare(key, self.modules[key]), in_use)
 
     def dense(self, key: AbilityKey) -> tuple[torch.Tensor, torch.Tensor]:
         weight, bias = torch.zeros(16, IN), torch.zeros(16)
@@ -58,20 +65,18 @@ class Bench:
         keys = {key for i in ids_T if i for key in compositions[i]}
         for key in keys:
             if key not in self.residents:
-                self.residents.load(key, self.modules[key], keys)
+                self.load(key, keys)
         self.batch.clear()
         if keys:
-            packed = self.residents.activate(keys)
-            weights = {i: [compositions[i].get(key, 0.0) for key in packed] for i in set(ids_T) if i}
-            self.batch.fill(tuple(ids_T), weights, len(packed))
+            self.residents.touch(keys)
+            self.batch.fill(tuple(ids_T), {i: compositions[i] for i in set(ids_T) if i})
         x_TI, y_TO = torch.randn(len(ids_T), IN), torch.randn(len(ids_T), 16)
         expected = y_TO.clone()
         for t, i in enumerate(ids_T):
             for key, weight in compositions.get(i, {}).items():
                 dense, bias = self.dense(key)
                 expected[t] += weight * (dense @ x_TI[t] + bias)
-        if self.batch.active:
-            self.layer.add(x_TI, y_TO)
+        self.layer.add(x_TI, y_TO)
         assert torch.allclose(y_TO, expected, atol=1e-5)
 
 
@@ -98,36 +103,49 @@ def test_padding_tokens_get_nothing() -> None:
     assert torch.equal(y_TO[2:], torch.zeros(3, 16))
 
 
-def test_one_copy_per_ability() -> None:
+def test_memory_is_that_of_the_tensors() -> None:
     bench = Bench(abilities=6, max_bytes=1 << 20)
     for key in bench.keys:
-        bench.residents.load(key, bench.modules[key])
-    storage = bench.layer.packed.delta_NI.untyped_storage().data_ptr()
-    assert all(s.delta.untyped_storage().data_ptr() == storage for s in bench.layer.segments)
+        bench.load(key)
+    tensors = [part for rows in bench.layer.resident.values() for part in (rows.rows_N, rows.delta_NI, rows.bias_N)]
+    storages = {
+        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in tensors if part is not None
+    }
+    assert sum(storages.values()) == bench.residents.bytes
+
+
+def test_a_gone_ability_leaves_nothing_behind() -> None:
+    bench = Bench(abilities=1, max_bytes=1 << 20)
+    (key,) = bench.keys
+    bench.step({1: {key: 1.0}}, [1])
+    rows = weakref.ref(bench.layer.resident[key].delta_NI)
+    bench.residents.evict(key)
+    assert rows() is None
+    bench.step({1: {key: 1.0}}, [1])
 
 
 def test_least_recently_used_idle_abilities_leave_first() -> None:
     bench = Bench(abilities=4, max_bytes=1 << 20)
     one, two, three, four = bench.keys
     for key in (one, two, three):
-        bench.residents.load(key, bench.modules[key])
-    bench.residents.activate([one])
-    sizes = {key: bench.residents._bytes[key] for key in (one, two, three)}
-    bench.residents._max_bytes = bench.residents.bytes  # full: whatever comes next must push something out
+        bench.load(key)
+    bench.residents.touch([one])
+    full = bench.residents.bytes
+    bench.residents._max_bytes = full  # whatever comes next must push something out
     bench.modules[four] = {"k": ModuleDelta(torch.tensor([1], dtype=torch.int32), torch.randn(1, IN))}
-    bench.residents.load(four, bench.modules[four], in_use={two})
+    bench.load(four, in_use={two})
     assert two in bench.residents
     assert one in bench.residents
     assert three not in bench.residents
-    assert bench.residents.bytes <= sum(sizes.values())
+    assert bench.residents.bytes <= full
 
 
 def test_what_does_not_fit_the_budget_or_the_model_is_refused() -> None:
     bench = Bench(abilities=2, max_bytes=100)
     with pytest.raises(EngineError, match="raise max_resident_bytes"):
-        bench.residents.load(bench.keys[0], bench.modules[bench.keys[0]])
+        bench.load(bench.keys[0])
     bench = Bench(abilities=1, max_bytes=1 << 20)
-    lost = ModuleDelta(torch.tensor([3, 10], dtype=torch.int32), torch.randn(2, IN))
+    bench.modules[bench.keys[0]] = {"q": ModuleDelta(torch.tensor([3, 10], dtype=torch.int32), torch.randn(2, IN))}
     with pytest.raises(EngineError, match="only 1 of 2 rows"):
-        bench.residents.load(bench.keys[0], {"q": lost})
+        bench.load(bench.keys[0])
     assert len(bench.residents) == 0

@@ -2,93 +2,181 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from act_serve.kernels.dispatch import AddRows, choose_add_rows
-from act_serve.kernels.numba_impl import add_rows_numba
-from act_serve.kernels.packed import PackedRows
+from act_serve.kernels.native import NativeRows, compile_native
 from act_serve.kernels.reference import add_rows_reference
+from act_serve.kernels.rows import MANY, AbilityRows, ActiveRows, TokenWeights
 from act_serve.kernels.torch_impl import add_rows_torch
+from act_serve.models.loading import cache_home
 
-SIZES = [(1, 8, 8), (3, 33, 17), (63, 64, 129), (133, 96, 40), (300, 64, 80)]  # T, I, O; small ones are fused
-MIXES = ["distinct", "uniform", "zipf", "identical", "idle", "composed"]
+FORMS = ["torch", "native"]
+# T, I, O: single tokens, odd sizes, and both sides of the number from which torch multiplies.
+SIZES = [(1, 8, 8), (3, 33, 17), (5, 31, 40), (17, 576, 300), (MANY - 1, 64, 129), (MANY, 96, 40), (301, 65, 80)]
+MIXES = ["distinct", "uniform", "zipf", "identical", "runs", "idle", "composed"]
 
 
-def traffic(mix: str, tokens: int, abilities: int) -> torch.Tensor:
-    """``weight_TA`` of a named traffic mix."""
+@functools.cache
+def native(dtype: torch.dtype) -> NativeRows:
+    return NativeRows(compile_native(cache_home() / "kernels"), dtype)
+
+
+def form(name: str, dtype: torch.dtype) -> AddRows:
+    return native(dtype) if name == "native" else add_rows_torch
+
+
+def traffic(mix: str, tokens: int, abilities: int) -> TokenWeights:
+    """The weights of a named traffic mix."""
     weight_TA = torch.zeros(tokens, abilities)
-    if mix == "idle":
-        return weight_TA
     if mix == "composed":
-        return torch.where(torch.rand(tokens, abilities) < 0.5, torch.randn(tokens, abilities), weight_TA)
-    share = torch.ones(abilities) if mix == "uniform" else 1 / torch.arange(1, abilities + 1)
-    owner_T = torch.multinomial(share, tokens, replacement=True)
-    if mix == "distinct":
-        owner_T = torch.arange(tokens) % abilities
-    if mix == "identical":
-        owner_T = torch.zeros(tokens, dtype=torch.int64)
-    weight_TA[torch.arange(tokens), owner_T] = 1.0
-    return weight_TA
+        weight_TA = torch.where(torch.rand(tokens, abilities) < 0.5, torch.randn(tokens, abilities), weight_TA)
+    elif mix != "idle":
+        share = torch.ones(abilities) if mix == "uniform" else 1 / torch.arange(1, abilities + 1)
+        owner_T = torch.multinomial(share, tokens, replacement=True)
+        if mix == "distinct":
+            owner_T = torch.arange(tokens) % abilities
+        if mix == "identical":
+            owner_T = torch.zeros(tokens, dtype=torch.int64)
+        if mix == "runs":
+            owner_T = owner_T.sort().values
+        weight_TA[torch.arange(tokens), owner_T] = 1.0
+    return TokenWeights(weight_TA.numpy())
 
 
-@pytest.mark.parametrize("kernel", [add_rows_torch, add_rows_numba])
+def abilities_of(counts: list[int], in_features: int, out_features: int, dtype: torch.dtype, bias: bool) -> ActiveRows:
+    """Abilities of random rows, which they may share."""
+    return ActiveRows(
+        [
+            AbilityRows(
+                torch.randperm(out_features)[:count].sort().values.int(),
+                torch.randn(count, in_features).to(dtype),
+                torch.randn(count).to(dtype) if bias else None,
+            )
+            for count in counts
+        ]
+    )
+
+
+def compare(kernel: AddRows, x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
+    """The form and the reference against fp64; and no element but the weighted rows' has another bit."""
+    dense = torch.zeros_like(y_TO, dtype=torch.float64)
+    size = torch.zeros_like(dense)
+    for number, ability in enumerate(active.abilities):
+        value_TN = x_TI.double() @ ability.delta_NI.double().t()
+        value_TN += 0 if ability.bias_N is None else ability.bias_N.double()
+        value_TN[: len(weights.weight_TA)] *= torch.from_numpy(weights.weight_TA)[:, number, None].double()
+        value_TN[len(weights.weight_TA) :] = 0
+        dense.index_add_(1, ability.rows_N, value_TN)
+        size.index_add_(1, ability.rows_N, value_TN.abs())
+    expected = y_TO.double() + dense
+    reference, got = y_TO.clone(), y_TO.clone()
+    add_rows_reference(x_TI, reference, active, weights)
+    kernel(x_TI, got, active, weights)
+    scale = size.max().item() + y_TO.abs().max().item()
+    tolerance = scale * (2**-7 if y_TO.dtype == torch.bfloat16 else 1e-6)
+    assert torch.allclose(reference.double(), expected, atol=tolerance, rtol=0)
+    assert torch.allclose(got.double(), expected, atol=tolerance, rtol=0)
+    assert torch.equal(got[size == 0], y_TO[size == 0])
+
+
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_agrees_with_the_reference(
-    kernel: AddRows, mix: str, size: tuple[int, int, int], bias: bool, dtype: torch.dtype
+    name: str, mix: str, size: tuple[int, int, int], bias: bool, dtype: torch.dtype
 ) -> None:
     tokens, in_features, out_features = size
-    rows = [torch.randperm(out_features)[:count].sort().values for count in (1, 0, 3, out_features)]
-    packed = PackedRows(
-        delta_NI=torch.randn(sum(map(len, rows)), in_features).to(dtype),
-        rows_N=torch.cat(rows),
-        counts=tuple(map(len, rows)),
-        bias_N=torch.randn(sum(map(len, rows))).to(dtype) if bias else None,
-    )
-    owner_N = torch.arange(4).repeat_interleave(torch.tensor(packed.counts))
+    active = abilities_of([1, 0, 3, out_features], in_features, out_features, dtype, bias)
     x_TI, y_TO = torch.randn(tokens, in_features).to(dtype), torch.randn(tokens, out_features).to(dtype)
-    weight_TA = traffic(mix, tokens, abilities=4)
-    # The yardstick in fp64: the reference itself is compared with it too.
-    value_TN = x_TI.double() @ packed.delta_NI.double().t() + (0 if packed.bias_N is None else packed.bias_N.double())
-    expected = y_TO.double().index_add_(1, packed.rows_N, value_TN * weight_TA[:, owner_N].double())
-
-    reference, got = y_TO.clone(), y_TO.clone()
-    add_rows_reference(x_TI, reference, packed, weight_TA)
-    kernel(x_TI, got, packed, weight_TA)
-
-    scale = value_TN.abs().max().item() * max(1.0, weight_TA.abs().max().item()) + y_TO.abs().max().item()
-    tolerance = scale * (2**-7 if dtype == torch.bfloat16 else 1e-6)
-    assert torch.allclose(reference.double(), expected, atol=tolerance, rtol=0)
-    assert torch.allclose(got.double(), expected, atol=tolerance, rtol=0)
-    untouched = torch.ones_like(y_TO, dtype=torch.bool)
-    for t in range(tokens):
-        untouched[t, packed.rows_N[weight_TA[t, owner_N] != 0]] = False
-    assert torch.equal(got[untouched], y_TO[untouched])
+    compare(form(name, dtype), x_TI, y_TO, active, traffic(mix, tokens, 4))
 
 
-@pytest.mark.parametrize("kernel", [add_rows_reference, add_rows_torch, add_rows_numba])
-def test_padding_is_left_alone_and_equal_rows_add_up(kernel: AddRows) -> None:
+@settings(max_examples=150, deadline=None)
+@given(
+    tokens=st.integers(1, 70),
+    padding=st.integers(0, 3),
+    in_features=st.integers(1, 80),
+    out_features=st.integers(1, 50),
+    counts=st.lists(st.integers(0, 50), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_agrees_with_the_reference(
+    tokens: int,
+    padding: int,
+    in_features: int,
+    out_features: int,
+    counts: list[int],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    active = abilities_of([min(count, out_features) for count in counts], in_features, out_features, dtype, bias=False)
+    # As in vLLM's fused buffers, tokens are farther apart than their features are many.
+    x_TI = torch.randn(tokens + padding, in_features + 3).to(dtype)[:, :in_features]
+    y_TO = torch.randn(tokens + padding, out_features + 5).to(dtype)[:, :out_features]
+    compare(native(dtype), x_TI, y_TO, active, traffic("composed", tokens, len(counts)))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_padding_is_left_alone_and_equal_rows_add_up(name: str) -> None:
     x_TI, y_TO = torch.randn(5, 6), torch.zeros(5, 7)
-    packed = PackedRows(torch.randn(3, 6), torch.tensor([0, 3, 3]), (2, 1))
-    kernel(x_TI, y_TO, packed, torch.ones(4, 2))
+    one = AbilityRows(torch.tensor([0, 3], dtype=torch.int32), torch.randn(2, 6))
+    two = AbilityRows(torch.tensor([3], dtype=torch.int32), torch.randn(1, 6))
+    form(name, torch.float32)(x_TI, y_TO, ActiveRows([one, two]), TokenWeights(np.ones((4, 2))))
     assert torch.equal(y_TO[4], torch.zeros(7))
-    assert torch.allclose(y_TO[:4, 3], x_TI[:4] @ (packed.delta_NI[1] + packed.delta_NI[2]), atol=1e-5)
+    assert torch.allclose(y_TO[:4, 3], x_TI[:4] @ (one.delta_NI[1] + two.delta_NI[0]), atol=1e-5)
 
 
-def test_bfloat16_rounds_as_torch_does_and_keeps_nan() -> None:
-    x_TI = torch.randn(64, 1).bfloat16()
-    x_TI[0] = float("nan")
-    packed = PackedRows(torch.ones(1, 1).bfloat16(), torch.tensor([0]), (1,))
-    y_TO = torch.randn(64, 1).bfloat16()
+@pytest.mark.parametrize("tokens", [MANY - 1, MANY + 1])
+def test_what_is_not_a_number_stays_so_and_spoils_nothing_else(tokens: int) -> None:
+    x_TI = torch.randn(tokens, 40).bfloat16()
+    x_TI[1, 2], x_TI[2, 3] = float("nan"), float("inf")
+    y_TO = torch.full((tokens, 6), 1.0).bfloat16()
+    y_TO[:, 5] = float("nan")
+    rows = AbilityRows(torch.tensor([0, 4], dtype=torch.int32), torch.ones(2, 40).bfloat16())
+    native(torch.bfloat16)(x_TI, y_TO, ActiveRows([rows]), TokenWeights(np.ones((tokens, 1))))
+    assert y_TO[1, [0, 4]].isnan().all()
+    assert y_TO[2, [0, 4]].isinf().all()
+    rest = y_TO[torch.arange(tokens) > 2]
+    assert rest[:, :5].isfinite().all()
+    assert rest[:, 5].isnan().all()
+
+
+def test_bfloat16_rounds_as_torch_does() -> None:
+    x_TI, y_TO = torch.randn(40, 1).bfloat16(), torch.randn(40, 1).bfloat16()
+    rows = AbilityRows(torch.tensor([0], dtype=torch.int32), torch.ones(1, 1).bfloat16())
     expected = (y_TO.float() + 0.7 * x_TI.float()).bfloat16()
-    add_rows_numba(x_TI, y_TO, packed, torch.full((64, 1), 0.7))
-    assert torch.equal(y_TO[1:], expected[1:])
-    assert y_TO[0].isnan()
+    native(torch.bfloat16)(x_TI, y_TO, ActiveRows([rows]), TokenWeights(np.full((40, 1), 0.7)))
+    assert torch.equal(y_TO, expected)
 
 
-def test_the_fast_form_is_chosen() -> None:
-    assert choose_add_rows(torch.device("cpu"), torch.bfloat16) is add_rows_numba
-    assert choose_add_rows(torch.device("cpu"), torch.float16) is add_rows_torch
+def test_the_fast_form_is_chosen_and_kept(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert isinstance(choose_add_rows(cpu, torch.bfloat16, tmp_path), NativeRows)
+    (library,) = tmp_path.glob("*.so")
+    made = library.stat().st_mtime_ns
+    assert isinstance(choose_add_rows(cpu, torch.float32, tmp_path), NativeRows)
+    assert [(path, path.stat().st_mtime_ns) for path in tmp_path.iterdir()] == [(library, made)]
+    assert choose_add_rows(cpu, torch.float16, tmp_path) is add_rows_torch
+
+
+def test_without_a_compiler_torch_does_it_and_the_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        with caplog.at_level(logging.WARNING):
+            assert choose_add_rows(torch.device("cpu"), torch.bfloat16, tmp_path / compiler) is add_rows_torch
+        assert "install g++" in caplog.records[-1].message

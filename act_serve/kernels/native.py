@@ -1,0 +1,111 @@
+"""The operation on CPUs: ``add_rows.cpp``, compiled for this very machine when it is first needed.
+
+Decoding multiplies few tokens with few rows, where a call of torch's matrix product costs more than the arithmetic:
+the C++ loop makes all of a layer's products at once, on the threads that torch and vLLM use. From ``MANY`` tokens of
+one ability on, torch multiplies and the loop only scales and scatters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from act_serve.kernels.rows import ActiveRows, TokenWeights
+
+DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+COMPILER_VARIABLE = "CXX"
+_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+
+
+class NativeRows:
+    """The compiled operation for one dtype; calling it does what ``add_rows_reference`` does.
+
+    Args:
+        library: from :func:`compile_native`.
+        dtype: of activations and deltas, one of ``DTYPES``.
+    """
+
+    def __init__(self, library: Path, dtype: torch.dtype) -> None:
+        functions = ctypes.CDLL(str(library))
+        self.dtype = dtype
+        self._add_rows = functions[f"add_rows_{DTYPES[dtype]}"]
+        self._scatter = functions[f"scatter_{DTYPES[dtype]}"]
+        self._add_rows.argtypes = [
+            *(_POINTER, _SIZE), *(_POINTER, _POINTER, _POINTER), *(_POINTER, _SIZE), *(_POINTER, _SIZE), _SIZE, _SIZE
+        ]  # fmt: skip
+        self._scatter.argtypes = [*(_POINTER, _SIZE), *(_POINTER, _POINTER, _SIZE), _POINTER, *(_POINTER, _SIZE)]
+        self._add_rows.restype = self._scatter.restype = None
+        self._scratch = torch.empty(0, dtype=dtype)
+
+    def __call__(self, x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
+        """Products of ``many`` are rounded once to the dtype before they are weighted; all else is done in fp32."""
+        assert x_TI.stride(1) == 1, "the features of a token must lie side by side"
+        assert y_TO.stride(1) == 1, "the features of a token must lie side by side"
+        if weights.few_addresses is not None:
+            self._add_rows(
+                active.address, len(active.abilities), *weights.few_addresses,
+                x_TI.data_ptr(), x_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0), x_TI.shape[1], y_TO.shape[1],
+            )  # fmt: skip
+        for number, use in weights.many:
+            ability = active.abilities[number]
+            if not len(ability.rows_N):
+                continue
+            x_PI = x_TI[use.run] if use.run else x_TI.index_select(0, torch.from_numpy(use.tokens_P))
+            value_PN = self._products(ability.delta_NI, x_PI)
+            if ability.bias_N is not None:
+                value_PN += ability.bias_N
+            self._scatter(
+                ability.rows_N.data_ptr(), len(ability.rows_N),
+                use.tokens_P.ctypes.data, use.weight_P.ctypes.data, len(use.tokens_P),
+                value_PN.data_ptr(), y_TO.data_ptr(), y_TO.stride(0),
+            )  # fmt: skip
+
+    def _products(self, delta_NI: torch.Tensor, x_PI: torch.Tensor) -> torch.Tensor:
+        """``x · delta``, ``[P, N]``, in memory that the next call uses again."""
+        size = len(x_PI) * len(delta_NI)
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=self.dtype)
+        return torch.mm(x_PI, delta_NI.t(), out=self._scratch[:size].view(len(x_PI), len(delta_NI)))
+
+
+def compile_native(folder: Path) -> Path:
+    """Compiles the operation into ``folder`` unless it is there; a second or two, once per machine and version.
+
+    The compiler is ``$CXX``, or c++.
+
+    Raises:
+        OSError: there is no compiler, or the folder cannot be written.
+        subprocess.CalledProcessError: it could not compile; ``stderr`` says why.
+    """
+    source = files("act_serve.kernels").joinpath("add_rows.cpp").read_bytes()
+    compiler = os.environ.get(COMPILER_VARIABLE, "c++")
+    if shutil.which(compiler) is None:
+        raise FileNotFoundError(f"the C++ compiler {compiler} is not installed")
+    # The flags of one CPU may not run on another that shares the folder.
+    machine = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith(("flags", "Features"))][:1]
+    key = hashlib.sha256(repr((source, _FLAGS, compiler, machine)).encode()).hexdigest()[:16]
+    library = folder / f"add_rows-{key}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as staging:
+            made = Path(staging) / library.name
+            command = [compiler, *_FLAGS, "-x", "c++", "-", "-o", str(made)]
+            subprocess.run(command, input=source, capture_output=True, check=True)
+            made.rename(library)
+    return library
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

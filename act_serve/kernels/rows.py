@@ -1,0 +1,128 @@
+"""What the kernels work on: the rows of the active abilities, and which token uses which of them.
+
+Shapes: T tokens, A abilities, N rows of one ability, I input and O output features, P tokens that use one ability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+# From so many tokens of one ability on, one matrix product for them beats single dot products.
+MANY = 48
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AbilityRows:
+    """One ability's rows of one layer.
+
+    Attributes:
+        rows_N: ``[N]`` int32 in ``[0, O)``, ascending, unique.
+        delta_NI: ``[N, I]`` contiguous, the dtype of the layer's activations.
+        bias_N: ``[N]``, same dtype, or None.
+    """
+
+    rows_N: torch.Tensor
+    delta_NI: torch.Tensor
+    bias_N: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(part.nbytes for part in (self.rows_N, self.delta_NI, self.bias_N) if part is not None)
+
+    def products(self, x_PI: torch.Tensor) -> torch.Tensor:
+        """``x · delta + bias``, ``[P, N]``: accumulated in fp32, rounded once to the dtype of ``x_PI``."""
+        delta_IN = self.delta_NI.t()
+        return torch.mm(x_PI, delta_IN) if self.bias_N is None else torch.addmm(self.bias_N, x_PI, delta_IN)
+
+
+class ActiveRows:
+    """The rows that the step's A abilities have in one layer, in the order of the weights' columns."""
+
+    def __init__(self, abilities: Sequence[AbilityRows]) -> None:
+        self.abilities = tuple(abilities)
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """``[A, 4]`` int64 for compiled code: addresses of rows, delta and bias (0 for none), and N."""
+        return np.array(
+            [
+                (
+                    a.rows_N.data_ptr(),
+                    a.delta_NI.data_ptr(),
+                    0 if a.bias_N is None else a.bias_N.data_ptr(),
+                    len(a.rows_N),
+                )
+                for a in self.abilities
+            ],
+            dtype=np.int64,
+        ).reshape(-1, 4)
+
+    @cached_property
+    def address(self) -> int:
+        """Where ``table`` lies."""
+        return int(self.table.ctypes.data)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Uses:
+    """The tokens that use one ability, ascending, with their weights: ``[P]`` int32 and fp32."""
+
+    tokens_P: np.ndarray
+    weight_P: np.ndarray
+
+    @property
+    def run(self) -> slice | None:
+        """The tokens as a slice, where they follow one another, as those of one prompt do."""
+        first, last = int(self.tokens_P[0]), int(self.tokens_P[-1])
+        return slice(first, last + 1) if last - first + 1 == len(self.tokens_P) else None
+
+
+class TokenWeights:
+    """The weights of one step, shared by all layers.
+
+    Args:
+        weight_TA: ``[T, A]`` fp32; 0 where a token does not use an ability. Tokens beyond T are padding and use none.
+    """
+
+    def __init__(self, weight_TA: np.ndarray) -> None:
+        self.weight_TA = np.ascontiguousarray(weight_TA, dtype=np.float32)
+
+    @cached_property
+    def uses(self) -> tuple[Uses, ...]:
+        """Per ability, who uses it."""
+        found = []
+        for weight_T in self.weight_TA.T:
+            tokens_P = np.flatnonzero(weight_T).astype(np.int32)
+            found.append(Uses(tokens_P, np.ascontiguousarray(weight_T[tokens_P])))
+        return tuple(found)
+
+    @cached_property
+    def many(self) -> tuple[tuple[int, Uses], ...]:
+        """Abilities, by their number, that at least ``MANY`` tokens use."""
+        return tuple((number, use) for number, use in enumerate(self.uses) if len(use.tokens_P) >= MANY)
+
+    @cached_property
+    def few(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """The uses of all other abilities one after the other; None when there are none.
+
+        Returns:
+            ``[A + 1]`` int32, where each ability's begin; the tokens and the weights.
+        """
+        kept = [use if len(use.tokens_P) < MANY else None for use in self.uses]
+        counts = [0 if use is None else len(use.tokens_P) for use in kept]
+        if not any(counts):
+            return None
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        tokens, weights = zip(*((use.tokens_P, use.weight_P) for use in kept if use is not None), strict=True)
+        return starts, np.concatenate(tokens), np.concatenate(weights)
+
+    @cached_property
+    def few_addresses(self) -> tuple[int, int, int] | None:
+        """Where the arrays of ``few`` lie."""
+        return None if self.few is None else tuple(int(part.ctypes.data) for part in self.few)  # type: ignore[return-value]
