@@ -3,6 +3,9 @@
 Shapes: N items, S numbers of each (see `scorers.py`), R resamples.
 """
 
+import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -41,14 +44,22 @@ class Measured:
         return {"score": self.score, "low": low, "high": high, "items": len(self.items_NS)}
 
 
-def difference(left: Measured, right: Measured) -> tuple[float, Interval]:
-    """`left` minus `right`, two results on the same items, with the interval of the paired bootstrap.
+def combined(figure: Callable[..., Any], *results: Measured) -> tuple[float, Interval]:
+    """`figure` of the scores of results on the same items, with the interval of the paired bootstrap.
 
-    Both sides of a resample have the same items, so that what makes an item hard for both cancels out.
+    All results of a resample have the same items, so that what makes an item hard for all cancels out. `figure` is
+    arithmetic that numpy arrays can do as well; resamples without a finite value are left out.
     """
-    if len(left.items_NS) != len(right.items_NS):
-        raise ValueError(f"{len(left.items_NS)} and {len(right.items_NS)} items can't be paired")
-    return left.score - right.score, _percentiles(_resampled(left) - _resampled(right))
+    if len({len(result.items_NS) for result in results}) != 1:
+        raise ValueError(f"results on {[len(result.items_NS) for result in results]} items can't be paired")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        resampled = figure(*map(_resampled, results))
+    return float(figure(*(result.score for result in results))), _percentiles(resampled[np.isfinite(resampled)])
+
+
+def difference(left: Measured, right: Measured) -> tuple[float, Interval]:
+    """`left` minus `right`, by the paired bootstrap of `combined`."""
+    return combined(operator.sub, left, right)
 
 
 def _resampled(measured: Measured) -> Floats:
@@ -65,5 +76,7 @@ def _counts(items: int) -> Floats:
 
 
 def _percentiles(values_R: Floats) -> Interval:
+    if not len(values_R):
+        return math.nan, math.nan
     low, high = np.quantile(values_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return low, high

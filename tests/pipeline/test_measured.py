@@ -7,7 +7,7 @@ import pytest
 from sacrebleu.metrics.chrf import CHRF
 from scipy import stats
 
-from act_serve.pipeline.measured import Measured, difference
+from act_serve.pipeline.measured import Measured, combined, difference
 from act_serve.pipeline.scorers import answer_numbers
 
 
@@ -67,3 +67,14 @@ def test_paired_difference_is_zero_for_equal_results_and_tight_for_like_ones() -
     assert high - low < (apart[1] - apart[0]) / 2
     with pytest.raises(ValueError, match="can't be paired"):
         difference(hits(before), hits(before[:-1]))
+
+
+def test_a_share_is_resampled_with_all_its_parts() -> None:
+    base, whole, part = hits([False] * 200), hits([True] * 160 + [False] * 40), hits([True] * 120 + [False] * 80)
+
+    def share(low: float, high: float, found: float) -> float:
+        return (found - low) / (high - low)
+
+    value, (low, high) = combined(share, base, whole, part)
+    assert value == pytest.approx(0.75)
+    assert 0.6 < low < 0.75 < high < 0.9

@@ -1,0 +1,263 @@
+"""Rows against LoRA, SHiRA and random rows at equal stored bytes, and merging methods against the composed sum.
+
+    python -m benchmarks.ability_peers --ability extract --json peers-extract.json
+    python -m benchmarks.ability_peers --ability fr --steps 400 --rate lora=1e-3 --json peers-fr.json
+    python -m benchmarks.ability_peers --merge fr+extract --json peers-merge.json
+
+All methods are trained by the same transformers Trainer on the same batches in the same order, with the same
+schedule, loss and retention term (KL to the base on retained text; a peer's base is the model with its adapter
+disabled), and measured on the same held-out examples. What differs: `rows` and `random_rows` begin with what was
+transferred from the source model, `lora_svd` with the best approximation of that model at its rank; `rows_from_zero`,
+`lora` and `shira` begin with no change. Stored bytes: rows as --stored with their places; LoRA's factors in bfloat16;
+SHiRA's values in bfloat16 with one 4-byte place each (PEFT itself writes twice as much). The rank of a peer is the one
+whose bytes come nearest to those of the rows. The source model must have been built (`act-serve build-delta`).
+A method that the JSON file holds for the same settings is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from act_serve.delta.artifact import ModuleDelta, as_stored, serialize_modules
+from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.delta.manifest import read_manifest
+from act_serve.models.families import channel_modules
+from act_serve.models.loading import cache_home, load_model, resolve_model
+from act_serve.pipeline.calibrate import score_channels
+from act_serve.pipeline.compose import artifacts_of
+from act_serve.pipeline.datasets.catalogue import load_examples
+from act_serve.pipeline.evaluate import Question
+from act_serve.pipeline.finetune import Lessons, finetune
+from act_serve.pipeline.localize import localize
+from act_serve.pipeline.measure import measure_items
+from act_serve.pipeline.measured import difference
+from act_serve.pipeline.transfer import transfer
+from act_serve.pipeline.tuned_rows import retained_text
+from act_serve.profile.load import load_profile
+from act_serve.profile.schema import FineTune, Profile
+from benchmarks.ability_bench import Figure, fallen, figure, gain_kept, scored, source_folder
+from benchmarks.ability_tables import percent, score
+from benchmarks.merge_peers import merges
+from benchmarks.peer_results import Kept, Made
+from benchmarks.peft_peers import Peer, train_peer
+
+METHODS = ("rows", "rows_from_zero", "random_rows", "lora", "lora_svd", "shira")
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """What all methods share."""
+
+    profile: Profile
+    base: Path
+    source: Path
+    lessons: Lessons
+    questions: list[Question]
+    seed: int
+    rates: dict[str, float]
+
+    def settings(self, method: str) -> FineTune:
+        """The profile's fine-tuning, at the method's own learning rate where one was given."""
+        update = {"learning_rate": self.rates[method]} if method in self.rates else {}
+        return self.profile.finetune.model_copy(update=update)
+
+    def rows(self, method: str) -> dict[str, torch.Tensor]:
+        """The rows that the profile's ranking, or chance, gives the method."""
+        wanted = self.profile.localize
+        if method == "random_rows":
+            wanted = wanted.model_copy(update={"ranking": "random"})
+        calibration = load_examples(self.profile.data, "train", wanted.calibration_items, self.profile.seed)
+        scores = score_channels(
+            wanted.ranking, base=self.base, source=self.source, examples=calibration, seed=self.seed
+        )
+        return localize(channel_modules(self.base), scores, wanted, self.seed)
+
+    def budget(self) -> int:
+        """The bytes of the ability's rows as stored; the same for any values in them."""
+        return len(serialize_modules(self.transferred("rows"), self.profile.stored))
+
+    def transferred(self, method: str) -> dict[str, ModuleDelta]:
+        """The method's rows with the differences of the source model."""
+        strength = self.profile.transfer.strengths[0]
+        return transfer(base=self.base, source=self.source, rows=self.rows(method), strength=strength)
+
+
+def train(contest: Contest, method: str) -> Made:
+    """Trains one method and scores it as it would be stored."""
+    if method in ("lora", "lora_svd", "shira"):
+        return _train_peer(contest, method)
+    deltas = contest.transferred(method)
+    if method == "rows_from_zero":
+        deltas = {name: ModuleDelta(each.rows, torch.zeros_like(each.delta)) for name, each in deltas.items()}
+    tuned = finetune(
+        base=contest.base,
+        source=contest.source,
+        deltas=deltas,
+        lessons=contest.lessons,
+        settings=contest.settings(method),
+        seed=contest.seed,
+        report=_report,
+    )
+    stored = contest.profile.stored
+    return Made(
+        len(serialize_modules(tuned, stored)),
+        sum(each.delta.numel() for each in tuned.values()),
+        measure_items(contest.base, [as_stored(tuned, stored)], contest.questions),
+    )
+
+
+def _train_peer(contest: Contest, method: str) -> Made:
+    settings = contest.settings(method)
+    peer = Peer(method, contest.budget(), contest.base, contest.source)
+    teacher = load_model(contest.source) if settings.loss == "distill" else None
+    results, size, parameters = train_peer(
+        peer, contest.lessons, contest.questions, settings, contest.seed, teacher, _report
+    )
+    return Made(size, parameters, results)
+
+
+def _report(done: int, steps: int, remark: str) -> None:
+    if done % 20 == 0 or done == steps:
+        print(f"    step {done}/{steps} {remark}", flush=True)
+
+
+def compare(contest: Contest, methods: tuple[str, ...], file: Path, said: Figure) -> Figure:
+    """Trains and measures what the file has not yet, and puts all methods beside base, source and rows."""
+    kept = Kept(file, said)
+    references: dict[str, Callable[[], Made]] = {
+        "base": lambda: Made(0, 0, measure_items(contest.base, [], contest.questions)),
+        "source": lambda: Made(0, 0, measure_items(contest.source, [], contest.questions)),
+    }
+    made = {name: kept.get(name, work) for name, work in references.items()}
+    for method in methods:
+        made[method] = kept.get(method, lambda: train(contest, method))  # noqa: B023
+    base, source = made["base"].results, made["source"].results
+    own = {task.name for task in contest.profile.score}
+    return {
+        name: {
+            "bytes": found.stored_bytes,
+            "parameters": found.parameters,
+            "tasks": {
+                task: {
+                    **scored(result),
+                    "share_kept": gain_kept(base[task], source[task], result) if task in own else None,
+                    "drop": None if task in own else fallen(base[task], result),
+                    "minus_rows": figure(*difference(result, made["rows"].results[task])) if "rows" in made else None,
+                }
+                for task, result in found.results.items()
+            },
+        }
+        for name, found in made.items()
+    }
+
+
+def _questions(profile: Profile, options: argparse.Namespace, *, own: bool) -> list[Question]:
+    tasks = profile.score if own else (*profile.score, *profile.retain)
+    return [
+        Question(task, load_examples(task.data, "test", options.items or task.items, profile.seed)) for task in tasks
+    ]
+
+
+def _contest(options: argparse.Namespace) -> tuple[Contest, Figure]:
+    profile = load_profile(options.profiles / f"{options.ability}.yaml")
+    steps = profile.finetune.steps if options.steps is None else options.steps
+    profile = profile.model_copy(
+        update={"stored": options.stored, "finetune": profile.finetune.model_copy(update={"steps": steps})}
+    )
+    source = source_folder(profile, options.work or cache_home() / "builds")
+    if source is None:
+        raise SystemExit(f"{profile.name} has no source model yet; build it first with act-serve build-delta")
+    seed = profile.seed if options.seed is None else options.seed
+    ability = load_examples(profile.data, "train", profile.finetune.items, profile.seed)
+    contest = Contest(
+        profile=profile,
+        base=resolve_model(profile.base),
+        source=source,
+        lessons=Lessons(ability, retained_text(profile)),
+        questions=_questions(profile, options, own=False),
+        seed=seed,
+        rates=dict(options.rate),
+    )
+    return contest, {
+        "profile": profile.model_dump(mode="json"),
+        "source": fingerprint_model(source).sample,
+        "items": options.items,
+        "seed": seed,
+        "rates": dict(options.rate),
+    }
+
+
+def _show(title: str, found: Figure) -> None:
+    tasks = list(next(iter(found.values()))["tasks"])
+    table = Table(title=title, title_justify="left")
+    for heading in ("method", "MB", *tasks):
+        table.add_column(heading)
+    for name, method in found.items():
+        cells = []
+        for task in tasks:
+            result = method["tasks"][task]
+            kept, drop = result.get("share_kept"), result.get("drop")
+            cells.append(
+                f"{score(result)}\n{f'kept {percent(kept)}' if kept else f'drop {percent(drop)}' if drop else ''}"
+            )
+        table.add_row(name, f"{method['bytes'] / 1e6:.2f}", *map(escape, cells))
+    Console(width=None if Console().is_terminal else 40 * len(tasks)).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the contest or the merges, prints a table and writes the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ability", help="ability whose data all methods are trained on")
+    what.add_argument("--merge", help="two abilities of the store, such as fr+extract, for the merging methods")
+    parser.add_argument("--steps", type=int, help="training steps of every method; default the profile's")
+    parser.add_argument("--methods", default=",".join(METHODS), help="default: %(default)s")
+    parser.add_argument("--rate", type=_rate, action="append", default=[], help="METHOD=LEARNING_RATE; repeatable")
+    parser.add_argument("--stored", choices=("bfloat16", "int8"), default="bfloat16", help="form of the rows")
+    parser.add_argument("--density", type=float, default=0.5, help="share of values that TIES and DARE keep")
+    parser.add_argument("--seed", type=int, help="of training and chance; the examples stay those of the profile")
+    parser.add_argument("--items", type=int, help="test examples per task; default the profile's")
+    parser.add_argument("--store", type=Path, default=Path("abilities"))
+    parser.add_argument("--profiles", type=Path, default=Path("profiles/abilities"))
+    parser.add_argument("--work", type=Path, help="the builds' folder; default as build-delta's")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.merge:
+        manifests = {path.parent.name: read_manifest(path) for path, _ in artifacts_of(options.merge, options.store)}
+        versions = {name: f"{manifest.version}~{manifest.digest}" for name, manifest in manifests.items()}
+        settings: Any = {"merge": options.merge, "abilities": versions, "density": options.density}
+        profiles = {name: load_profile(options.profiles / f"{name}.yaml") for name in manifests}
+        questions = [question for profile in profiles.values() for question in _questions(profile, options, own=True)]
+        kept = Kept(options.json, {**settings, "items": options.items})
+        found = merges(
+            options.merge, profiles, questions, options.store, kept, density=options.density, seed=options.seed or 0
+        )
+    else:
+        contest, settings = _contest(options)
+        found = compare(contest, tuple(options.methods.split(",")), options.json, settings)
+    options.json.write_text(json.dumps({"settings": settings, "methods": found}, indent=1) + "\n", encoding="utf-8")
+    _show(options.merge or f"{options.ability}, {settings['profile']['finetune']['steps']} steps", found)
+
+
+def _rate(text: str) -> tuple[str, float]:
+    method, _, rate = text.partition("=")
+    if method not in METHODS:
+        raise argparse.ArgumentTypeError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    return method, float(rate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Re-measures what the published abilities do, with 95 % bootstrap intervals, and prints it as tables.
+
+    python -m benchmarks.ability_quality --json quality.json                     # everything
+    python -m benchmarks.ability_quality --json quality.json --only pairs,repair
+    python -m benchmarks.ability_quality --json quick.json --quick               # 16 items a task: does it run?
+
+Sections: quality (base, source, transfer, delta, retained tasks), general (ARC-easy, PIQA, HellaSwag), pairs and
+triples (abilities composed), multilingual (word problems in French under fr + reason), repair (an ability model gets
+back what it lost). The numbers of every item lie beside the JSON file, in FILE.items.json: an interrupted run goes on
+there, and sections share them. Source models are measured where the builds' folder has them; else the figure that the
+artifact stores is shown, marked with *.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from act_serve.models.loading import cache_home
+from benchmarks import ability_sections as sections
+from benchmarks.ability_bench import Bench, Figure
+from benchmarks.ability_tables import TABLES
+
+QUICK_ITEMS = 16
+TRIPLE = "extract+fr+reason"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures the sections asked for, prints each one's table, and writes the JSON file after each."""
+    options = _options(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    items = options.items or (QUICK_ITEMS if options.quick else None)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    bench = Bench(
+        store=options.store,
+        profiles=options.profiles,
+        builds=options.work or cache_home() / "builds",
+        kept=options.json.with_suffix(".items.json"),
+        items=items,
+    )
+    if not bench.profiles:
+        raise SystemExit(f"{options.store} holds no ability with a profile in {options.profiles}")
+    report: Figure = json.loads(options.json.read_text()) if options.json.exists() else {}
+    for name, section in _sections(bench, options.triples).items():
+        if name in options.only:
+            print(f"{name} ...", flush=True)
+            start = time.perf_counter()
+            figures = section()
+            report[name] = {
+                "items": items or "as in the profiles",
+                "abilities": _versions(bench),
+                "seconds": round(time.perf_counter() - start, 1),
+                "figures": figures,
+            }
+            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            _show(name, figures)
+
+
+def _sections(bench: Bench, triples: Sequence[str] | None) -> dict[str, Callable[[], Figure]]:
+    known = set(bench.profiles)
+    wanted = triples or [TRIPLE if known.issuperset(TRIPLE.split("+")) else "+".join(sorted(known)[:3])]
+    found: dict[str, Callable[[], Figure]] = {
+        "quality": lambda: sections.quality(bench),
+        "general": lambda: sections.general(bench),
+        "pairs": lambda: sections.pairs(bench),
+    }
+    if triples or len(known) > 2:
+        found["triples"] = lambda: sections.triples(bench, wanted)
+    if known.issuperset(("fr", "reason")):
+        found["multilingual"] = lambda: sections.multilingual(bench)
+    return {**found, "repair": lambda: sections.repair(bench)}
+
+
+def _versions(bench: Bench) -> dict[str, str]:
+    return {name: f"{manifest.version}~{manifest.digest}" for name, manifest in bench.manifests.items()}
+
+
+def _show(name: str, figures: Figure) -> None:
+    headings, rows = TABLES[name](figures)
+    table = Table(title=name, title_justify="left", box=SIMPLE, padding=(0, 1))
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(width=None if Console().is_terminal else 200).print(table)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, default=Path("abilities"), help="the ability store")
+    parser.add_argument("--profiles", type=Path, default=Path("profiles/abilities"), help="the abilities' profiles")
+    parser.add_argument("--work", type=Path, help="the builds' folder, for source models; default as build-delta's")
+    parser.add_argument("--items", type=int, help="examples per task; default what the profiles say, 300 in general")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ITEMS} examples per task")
+    parser.add_argument("--only", type=_names, default=tuple(TABLES), help=",".join(TABLES))
+    parser.add_argument("--triples", action="append", help=f"composition to measure; repeatable; default {TRIPLE}")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    return parser.parse_args(arguments)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in TABLES]:
+        raise argparse.ArgumentTypeError(f"no section {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    return names
+
+
+if __name__ == "__main__":
+    main()

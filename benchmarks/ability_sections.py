@@ -1,0 +1,240 @@
+"""The sections of `benchmarks/ability_quality.py`: each returns figures ready for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+from act_serve.delta.artifact import read_artifact
+from act_serve.delta.manifest import Score
+from act_serve.pipeline.conflict import conflict
+from act_serve.pipeline.datasets.general_ability import SUITES
+from act_serve.pipeline.evaluate import Question
+from act_serve.pipeline.measured import Measured, difference
+from act_serve.profile.schema import Data, Task
+from benchmarks.ability_bench import Bench, Figure, fallen, figure, gain_kept, scored
+
+GENERAL_ITEMS = 300
+
+
+def quality(bench: Bench) -> Figure:
+    """Per ability: base, source, transfer alone and delta; the share of the source's gain kept; retained drops."""
+    return {name: _quality(bench, name) for name in bench.profiles}
+
+
+def _quality(bench: Bench, name: str) -> Figure:
+    manifest, source = bench.manifests[name], bench.source(name)
+    own, retained = bench.own(name), bench.retained(name)
+    base, delta = (bench.measure(composition, [*own, *retained]) for composition in ("", name))
+    measured = bench.measure("", own, model=source) if source else {}
+    stored = {score.task: score for score in manifest.scores}
+    tasks = []
+    for question in own:
+        task = question.task.name
+        entry = {**_stored(stored.get(task)), **_asked(question), "base": scored(base[task])}
+        if task in measured:
+            entry["source"] = scored(measured[task])
+            entry["share_kept"] = gain_kept(base[task], measured[task], delta[task])
+        elif "source" in entry:
+            entry["share_kept"] = _share_of_stored(base[task], entry["source"]["score"], delta[task])
+        tasks.append({**entry, "delta": scored(delta[task])})
+    kept = [
+        {
+            **_stored(stored.get(question.task.name)),
+            **_asked(question),
+            "base": scored(base[question.task.name]),
+            "delta": scored(delta[question.task.name]),
+            "drop": fallen(base[question.task.name], delta[question.task.name]),
+        }
+        for question in retained
+    ]
+    how = manifest.localization
+    return {
+        "version": manifest.version,
+        "digest": manifest.digest,
+        "stored": manifest.stored,
+        "bytes": manifest.counts.bytes,
+        "parameters": manifest.counts.parameters,
+        "p": how.p if how else None,
+        "ranking": how.ranking if how else None,
+        "fine_tune_steps": how.fine_tune_steps if how else None,
+        "source_at_hand": source is not None,
+        "tasks": tasks,
+        "retained": kept,
+    }
+
+
+def _asked(question: Question) -> Figure:
+    return {"task": question.task.name, "metric": question.task.metric, "items": len(question.examples)}
+
+
+def _stored(score: Score | None) -> Figure:
+    """What only the build could measure, from the artifact's manifest, marked as such."""
+    if score is None:
+        return {}
+    found = {"source": score.source, "transfer": score.transfer}
+    return {
+        name: {"score": value, "stored_figure_on_items": score.items}
+        for name, value in found.items()
+        if value is not None
+    }
+
+
+def _share_of_stored(base: Measured, source: float, delta: Measured) -> Figure | None:
+    """The share against the stored figure of the source, which has no items to resample."""
+    gain = source - base.score
+    return {"value": round((delta.score - base.score) / gain, 4), "stored_source": True} if gain else None
+
+
+def general(bench: Bench) -> Figure:
+    """ARC-easy, PIQA and HellaSwag by likelihood per character: base, each ability, and all of them composed."""
+    profile = next(iter(bench.profiles.values()))
+    tasks = [
+        Task(
+            name=suite,
+            metric="choice_accuracy",
+            items=GENERAL_ITEMS,
+            data=Data(maker="general_ability", options={"suite": suite}),
+        )
+        for suite in SUITES
+    ]
+    questions = bench.questions(profile, tasks)
+    base = bench.measure("", questions)
+    found: Figure = {"base": {suite: scored(result) for suite, result in base.items()}}
+    every = "+".join(bench.profiles)
+    for composition in dict.fromkeys((*bench.profiles, every)):
+        results = bench.measure(composition, questions)
+        found[composition] = {suite: _beside(base[suite], results[suite]) for suite in SUITES}
+    return found
+
+
+def _beside(base: Measured, result: Measured) -> Figure:
+    low, high = base.interval
+    change = figure(*difference(result, base))
+    return {**scored(result), "change": change, "within_interval_of_base": low <= result.score <= high}
+
+
+def pairs(bench: Bench) -> Figure:
+    """Every two abilities composed: what each keeps of its own gain, and how much their rows conflict."""
+    found = {}
+    for left, right in combinations(bench.profiles, 2):
+        deltas = [read_artifact(bench.store / name / str(bench.manifests[name].version))[1] for name in (left, right)]
+        clash = {key: value for key, value in conflict(*deltas).items() if key != "modules"}
+        found[f"{left}+{right}"] = {"conflict": clash, "abilities": composed(bench, (left, right))}
+    return found
+
+
+def triples(bench: Bench, compositions: Sequence[str]) -> Figure:
+    """Several abilities composed: what each keeps of its own gain."""
+    return {each: {"abilities": composed(bench, each.split("+"))} for each in compositions}
+
+
+def composed(bench: Bench, names: Sequence[str]) -> Figure:
+    """Each ability's own tasks: base, alone, together, the share of its own gain that it keeps, and the change."""
+    found: Figure = {}
+    for name in names:
+        questions = bench.own(name)
+        base, alone, together = (bench.measure(each, questions) for each in ("", name, "+".join(names)))
+        found[name] = [
+            {
+                **_asked(question),
+                "base": scored(base[task]),
+                "alone": scored(alone[task]),
+                "together": scored(together[task]),
+                "share_kept": gain_kept(base[task], alone[task], together[task]),
+                "change": figure(*difference(together[task], alone[task])),
+            }
+            for question in questions
+            for task in (question.task.name,)
+        ]
+    return found
+
+
+def multilingual(bench: Bench) -> Figure:
+    """Word problems in French, which neither ability was trained on: base, fr, reason, and both composed."""
+    data = Data(maker="word_problems", options={"language": "fr"})
+    tasks = [
+        Task(name="reason_in_french", metric="final_number", max_new_tokens=80, data=data),
+        Task(name="reason_in_french_nll", metric="nll", data=data),
+    ]
+    questions = bench.questions(bench.profiles["reason"], tasks)
+    results = {each: bench.measure(each, questions) for each in ("", "fr", "reason", "fr+reason")}
+    both = results.pop("fr+reason")
+    return {
+        question.task.name: {
+            **_asked(question),
+            "fr+reason": scored(both[question.task.name]),
+            **{each or "base": scored(found[question.task.name]) for each, found in results.items()},
+            "fr+reason_minus": {
+                each or "base": figure(*difference(both[question.task.name], found[question.task.name]))
+                for each, found in results.items()
+            },
+        }
+        for question in questions
+    }
+
+
+def repair(bench: Bench) -> Figure:
+    """For each ability model: the ability that it lost most is given back by its delta (the paper's first experiment).
+
+    Only for ability models that are at hand. The loss is by the lost ability's own tasks, base against ability model.
+    """
+    found = {}
+    for name in bench.profiles:
+        model = bench.source(name)
+        lost = _most_lost(bench, name) if model else None
+        if model and lost:
+            found[f"{name} gets back {lost}"] = {
+                "own": _own_kept(bench, name, lost),
+                "lost": _given_back(bench, bench.own(lost), name, lost),
+            }
+    return found
+
+
+def _most_lost(bench: Bench, name: str) -> str | None:
+    """The other ability whose NLL rose by the largest share in this one's model; None where none rose."""
+    falls = {}
+    for other in bench.profiles:
+        questions = [question for question in bench.own(other) if question.task.metric == "nll"][:1]
+        if other != name and questions:
+            task = questions[0].task.name
+            before, after = (bench.measure("", questions, model=model)[task] for model in (None, bench.source(name)))
+            falls[other] = (after.score - before.score) / before.score
+    worst = max(falls, key=lambda other: falls[other], default=None)
+    return worst if worst and falls[worst] > 0 else None
+
+
+def _own_kept(bench: Bench, name: str, lost: str) -> list[Figure]:
+    """The ability model's own tasks before and after the other ability's delta."""
+    questions, model = bench.own(name), bench.source(name)
+    before, after = (bench.measure(each, questions, model=model) for each in ("", lost))
+    return [
+        {
+            **_asked(question),
+            "specialised": scored(before[task]),
+            "repaired": scored(after[task]),
+            "drop": fallen(before[task], after[task]),
+        }
+        for question in questions
+        for task in (question.task.name,)
+    ]
+
+
+def _given_back(bench: Bench, questions: Sequence[Question], name: str, lost: str) -> list[Figure]:
+    """`recovered` is of the loss against the base; `of_skill` of what lies between the model and base + delta."""
+    model = bench.source(name)
+    before, after = (bench.measure(each, questions, model=model) for each in ("", lost))
+    base, skilled = (bench.measure(each, questions) for each in ("", lost))
+    return [
+        {
+            **_asked(question),
+            "base": scored(base[task]),
+            "specialised": scored(before[task]),
+            "repaired": scored(after[task]),
+            "base_with_delta": scored(skilled[task]),
+            "recovered": gain_kept(before[task], base[task], after[task]),
+            "of_skill": gain_kept(before[task], skilled[task], after[task]),
+        }
+        for question in questions
+        for task in (question.task.name,)
+    ]

@@ -1,0 +1,117 @@
+"""The sections of `benchmarks/ability_quality.py` as rows of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from benchmarks.ability_bench import Figure
+
+Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def score(found: Figure | None) -> str:
+    """A score with its interval, or one that the artifact stores (*)."""
+    if found is None:
+        return "-"
+    if "low" not in found:
+        return f"{found['score']:.4g}*"
+    return f"{found['score']:.4g} [{found['low']:.4g}, {found['high']:.4g}]"
+
+
+def percent(found: Figure | None) -> str:
+    """A share with its interval; * where it is against a stored figure."""
+    if found is None:
+        return "-"
+    if "low" not in found:
+        return f"{found['value']:.1%}*"
+    return f"{found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
+
+
+def change(found: Figure) -> str:
+    """A difference with its interval."""
+    return f"{found['value']:+.4g} [{found['low']:+.4g}, {found['high']:+.4g}]"
+
+
+def _quality(figures: Figure) -> Rows:
+    rows: list[tuple[str, ...]] = []
+    for name, ability in figures.items():
+        said = f"{name} {ability['bytes'] / 1e6:.1f} MB p={ability['p']}"
+        for task in ability["tasks"]:
+            parts = (score(task.get(variant)) for variant in ("base", "source", "transfer", "delta"))
+            rows.append((said, task["task"], str(task["items"]), *parts, percent(task.get("share_kept"))))
+        for task in ability["retained"]:
+            parts = (score(task.get(variant)) for variant in ("base", "source", "transfer", "delta"))
+            rows.append((said, f"keeps {task['task']}", str(task["items"]), *parts, f"drop {percent(task['drop'])}"))
+    return ("ability", "task", "items", "base", "source", "transfer", "delta", "share kept"), rows
+
+
+def _general(figures: Figure) -> Rows:
+    return ("abilities", "suite", "items", "accuracy", "change", "in the base's interval"), [
+        (name, suite, str(found["items"]), score(found), *_beside_base(found))
+        for name, suites in figures.items()
+        for suite, found in suites.items()
+    ]
+
+
+def _beside_base(found: Figure) -> tuple[str, str]:
+    if "change" not in found:
+        return "", ""
+    return change(found["change"]), "yes" if found["within_interval_of_base"] else "NO"
+
+
+def _composed(figures: Figure) -> Rows:
+    return ("composition", "task", "items", "base", "alone", "together", "share of own gain"), [
+        (
+            _with_conflict(composition, section),
+            task["task"],
+            str(task["items"]),
+            *(score(task[variant]) for variant in ("base", "alone", "together")),
+            percent(task["share_kept"]),
+        )
+        for composition, section in figures.items()
+        for tasks in section["abilities"].values()
+        for task in tasks
+    ]
+
+
+def _with_conflict(composition: str, section: Figure) -> str:
+    clash = section.get("conflict")
+    return f"{composition} (rows shared {clash['share']:.0%}, cosine {clash['cosine']})" if clash else composition
+
+
+def _multilingual(figures: Figure) -> Rows:
+    return ("task", "metric", "items", "base", "fr", "reason", "fr+reason", "against base", "fr", "reason"), [
+        (
+            name,
+            task["metric"],
+            str(task["items"]),
+            *(score(task[each]) for each in ("base", "fr", "reason", "fr+reason")),
+            *(change(task["fr+reason_minus"][each]) for each in ("base", "fr", "reason")),
+        )
+        for name, task in figures.items()
+    ]
+
+
+def _repair(figures: Figure) -> Rows:
+    return ("repair", "task", "items", "base", "specialised", "repaired", "recovered", "of base + delta"), [
+        row for title, section in figures.items() for row in _repaired(title, section)
+    ]
+
+
+def _repaired(title: str, section: Figure) -> Iterable[tuple[str, ...]]:
+    for task in section["lost"]:
+        parts = (score(task[variant]) for variant in ("base", "specialised", "repaired"))
+        yield title, task["task"], str(task["items"]), *parts, percent(task["recovered"]), percent(task["of_skill"])
+    for task in section["own"]:
+        parts = (score(task[variant]) for variant in ("specialised", "repaired"))
+        yield title, f"keeps {task['task']}", str(task["items"]), "", *parts, f"drop {percent(task['drop'])}", ""
+
+
+TABLES: dict[str, Callable[[Figure], Rows]] = {
+    "quality": _quality,
+    "general": _general,
+    "pairs": _composed,
+    "triples": _composed,
+    "multilingual": _multilingual,
+    "repair": _repair,
+}
