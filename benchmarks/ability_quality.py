@@ -92,7 +92,7 @@ def _show(name: str, figures: Figure) -> None:
         table.add_column(heading, justify="left" if place < 2 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(width=None if Console().is_terminal else 200).print(table)
+    Console(width=None if Console().is_terminal else 320).print(table)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -80,6 +80,10 @@ def test_quality_is_measured_once_and_agrees_with_the_build(home: Path, capsys: 
     else:
         assert own["share_kept"] is None
     assert own["transfer"]["score"] == stored.transfer
+    evaluation = json.loads((home / "store" / "demo" / "1" / "evaluation.json").read_text())
+    assert evaluation["intervals"]["delta"]["demo_nll"] == pytest.approx(
+        [own["delta"]["low"], own["delta"]["high"]], abs=1e-4
+    )
     ability_quality.main([*arguments, "quality,pairs,repair"])
     said = capsys.readouterr().out
     assert "measuring demo on the base" not in said

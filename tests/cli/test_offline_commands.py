@@ -40,6 +40,9 @@ def test_eval_writes_scores(home: Path) -> None:
     assert with_ability["abilities"] == "one*0.5"
     assert with_ability["items"] == alone["items"] == 2
     assert with_ability["scores"]["nll"] != alone["scores"]["nll"]
+    low, high = alone["intervals"]["nll"]
+    assert low <= alone["scores"]["nll"] <= high
+    assert "95 % interval" in said
 
 
 def test_export_then_load(home: Path) -> None:
