@@ -17,7 +17,7 @@ from act_serve.delta.artifact import ModuleDelta
 class RowDeltas:
     """Adds `y_BTO[..., rows_K] += weight · (x_BTI · delta_KIᵀ + bias_K)`, as serving does, to a model's outputs.
 
-    Use `attached` as a context; `bare` leaves the deltas out inside it, which gives the base model again. The
+    Use `attached` as a context; while `on` is False the deltas are left out, which gives the base model again. The
     deltas are float32 parameters and are rounded to the model's dtype where they are applied.
     """
 
@@ -26,11 +26,16 @@ class RowDeltas:
         self._given = dict(deltas)
         self._rows = {name: delta.rows.long() for name, delta in deltas.items()}
         self._trained = {name: nn.Parameter(delta.delta.float().clone()) for name, delta in deltas.items()}
-        self._on = True
+        self.on = True
 
     def parameters(self) -> list[nn.Parameter]:
         """The rows' float32 differences, `[K, I]` each."""
         return list(self._trained.values())
+
+    def freeze(self) -> None:
+        """The rows are no longer trained."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
 
     def export(self) -> dict[str, ModuleDelta]:
         """The deltas as they are now, float32."""
@@ -52,17 +57,17 @@ class RowDeltas:
     @contextmanager
     def bare(self) -> Iterator[None]:
         """Leaves the deltas out inside the context."""
-        self._on = False
+        self.on = False
         try:
             yield
         finally:
-            self._on = True
+            self.on = True
 
     def _hook(self, name: str) -> Any:
         bias_K = self._given[name].bias_delta
 
         def add_rows(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not self._on:
+            if not self.on:
                 return output
             delta_KI = self._trained[name].to(output.device, output.dtype)
             bias = None if bias_K is None else bias_K.to(output.device, output.dtype)

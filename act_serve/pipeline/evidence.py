@@ -1,15 +1,15 @@
 """What a finished delta does, measured: itself beside base, source and transfer alone, and beside its neighbours."""
 
 from act_serve.abilities.store import Store
-from act_serve.delta.artifact import as_stored, read_artifact
-from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.delta.artifact import as_stored
 from act_serve.errors import RetentionError
 from act_serve.pipeline.candidate import Candidate, Origin, scored_rows
 from act_serve.pipeline.conflict import conflict
 from act_serve.pipeline.datasets.catalogue import examples_hash
 from act_serve.pipeline.evaluate import broken
 from act_serve.pipeline.job import Job
-from act_serve.pipeline.measure import Deltas, Scores, load_intervals, manifest_scores, questions_of
+from act_serve.pipeline.measure import Scores, load_intervals, manifest_scores, questions_of
+from act_serve.pipeline.neighbours import neighbours
 from act_serve.pipeline.publish import Evidence
 from act_serve.pipeline.scored_stage import scored
 from act_serve.pipeline.search import Curve
@@ -31,17 +31,19 @@ def gather_evidence(candidate: Candidate, origin: Origin, store: Store, curve: C
     job.screen.show_scores(profile.name, scores, intervals["delta"])
     _refuse_costly(job, variants["base"], variants["delta"])
     tuned = as_stored(load_deltas(candidate.final.folder), profile.stored)
-    neighbours = _neighbours(job, store)
+    others = neighbours(store, job.base, profile.name)
     form = f"{job.base_key} {profile.stored} {candidate.final.key}"
     pairs = {
-        other: scored(job, f"evaluate-with-{other}", job.base, form + key, [tuned, deltas], questions)
-        for other, key, deltas in neighbours
+        other.label: scored(
+            job, f"evaluate-with-{other.label}", job.base, form + other.key, [tuned, other.deltas], questions
+        )
+        for other in others
     }
     details = {
         "scores": [score.model_dump() for score in scores],
         "intervals": intervals,
         "composed_with": pairs,
-        "conflicts": {other: conflict(tuned, deltas) for other, _, deltas in neighbours},
+        "conflicts": {other.label: conflict(tuned, other.deltas) for other in others},
         "strengths_on_validation": candidate.strengths,
         "search": curve.as_json() if curve else None,
         "peak_bytes": dict(job.peak_bytes),
@@ -57,16 +59,3 @@ def _refuse_costly(job: Job, base: Scores, delta: Scores) -> None:
             + "\n  ".join(problems)
             + "\nRaise finetune.retention.weight, lower localize.p or transfer.strength, or allow more in the profile."
         )
-
-
-def _neighbours(job: Job, store: Store) -> list[tuple[str, str, Deltas]]:
-    """The latest version of every other ability in the store that fits the same base."""
-    fingerprint = fingerprint_model(job.base)
-    found: list[tuple[str, str, Deltas]] = []
-    for other in store.names():
-        version = store.latest(other)
-        manifest = store.manifest(other, version)
-        if other != job.profile.name and manifest.base_fingerprint == fingerprint:
-            deltas = read_artifact(store.path(other, version))[1]
-            found.append((f"{other}@{version}", manifest.tensors_sha256, deltas))
-    return found

@@ -1,7 +1,8 @@
 """Light fine-tuning: trains only the transferred rows, so that what comes out is still a sparse delta."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +37,13 @@ def finetune(
     report: Report,
     source: Path | None = None,
     checkpoints: Path | None = None,
+    company: Sequence[Mapping[str, ModuleDelta]] = (),
 ) -> dict[str, ModuleDelta]:
     """Returns the deltas after `settings.steps` steps on the rows alone; biases stay as transferred.
 
     The loss is that of `RowLesson`; `source` is needed where it distils. With `checkpoints`, a folder, an interrupted
-    run goes on from its last tenth. Raises BuildError when the loss is not finite.
+    run goes on from its last tenth. `company` are abilities on top of which steps take turns. Raises BuildError when
+    the loss is not finite.
     """
     with tempfile.TemporaryDirectory() as unused:
         folder = checkpoints or Path(unused)
@@ -48,7 +51,9 @@ def finetune(
         torch.manual_seed(seed)
         model, tokenizer = load_model(base), load_tokenizer(base)
         teacher = load_model(_needed(source)) if settings.loss == "distill" else None
-        tuned = RowDeltas(deltas)
+        tuned, others = RowDeltas(deltas), [RowDeltas(other) for other in company]
+        for other in others:
+            other.freeze()
         course = Course(
             [encode(tokenizer, example) for example in lessons.ability],
             [encode(tokenizer, example) for example in lessons.retained] if settings.retention else [],
@@ -56,10 +61,14 @@ def finetune(
             pad_id=tokenizer.pad_token_id or 0,
             seed=seed,
             batches=settings.steps * settings.gradient_accumulation * arguments.world_size,
+            turns=1 + len(others),
         )
         schedule = Schedule(settings.steps, settings.learning_rate)
-        with tuned.attached(model):
-            RowTrainer(RowLesson(model, teacher, tuned, settings), course, arguments, schedule).run(report)
+        lesson = RowLesson(model, teacher, tuned, settings, others)
+        with ExitStack() as stack:
+            for rows in (*others, tuned):
+                stack.enter_context(rows.attached(model))
+            RowTrainer(lesson, course, arguments, schedule).run(report)
     return tuned.export()
 
 

@@ -10,6 +10,7 @@ from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.models.examples import Example
 from act_serve.pipeline.datasets.catalogue import load_examples
 from act_serve.pipeline.datasets.splits import Split
+from act_serve.pipeline.neighbours import Neighbour
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.stages import Stage, run_stage, stage_key
 from act_serve.pipeline.training import Report
@@ -23,13 +24,15 @@ VARIED_STAGES = frozenset({"localize", "transfer", "finetune"})
 class Job:
     """One build: its profile, the base's folder, the folder of its stage records and what the user sees.
 
-    `variant` names the point of a search that this job is for; `peak_bytes` collects each stage's peak memory.
+    `company` are the abilities that the rows are trained to work with, `variant` names the point of a search that this
+    job is for, and `peak_bytes` collects each stage's peak memory.
     """
 
     profile: Profile
     base: Path
     work: Path
     screen: Screen
+    company: tuple[Neighbour, ...] = ()
     variant: str = ""
     peak_bytes: dict[str, int] = field(default_factory=dict)
 

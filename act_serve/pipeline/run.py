@@ -8,6 +8,7 @@ from act_serve.models.pairs import check_pair
 from act_serve.pipeline.candidate import Origin, make_candidate
 from act_serve.pipeline.evidence import gather_evidence
 from act_serve.pipeline.job import Job
+from act_serve.pipeline.neighbours import company
 from act_serve.pipeline.plan import make_plan
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.publish import publish
@@ -26,7 +27,8 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
     when a retained task falls too far and GainError when a search finds no share of channels that keeps enough
     (nothing is published then), and any other ActServeError with what to do.
     """
-    job = Job(profile, resolve_model(profile.base), work, screen)
+    base = resolve_model(profile.base)
+    job = Job(profile, base, work, screen, company(profile, store, base))
     if profile.source.model is not None:
         check_pair(job.base, resolve_model(profile.source.model))
     _show_plan(job)

@@ -25,6 +25,7 @@ def tuned_rows(job: Job, transferred: Stage, source: Path, source_key: str) -> S
         "ability": examples_hash(lessons.ability),
         "retained": examples_hash(lessons.retained),
         "seed": profile.seed,
+        "company": [other.key for other in job.company],
     }
 
     def make(folder: Path, report: Report) -> None:
@@ -37,6 +38,7 @@ def tuned_rows(job: Job, transferred: Stage, source: Path, source_key: str) -> S
             seed=profile.seed,
             report=report,
             checkpoints=job.unfinished(inputs),
+            company=[other.deltas for other in job.company],
         )
         save_deltas(folder, tuned)
 

@@ -1,11 +1,13 @@
 """Training of rows: resumed runs end where uninterrupted ones do, and checkpoints hold the rows alone."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from act_serve.abilities.store import Store
 from act_serve.delta.artifact import ModuleDelta
 from act_serve.errors import BuildError
 from act_serve.models.answering import answer_logits
@@ -13,6 +15,7 @@ from act_serve.models.examples import Example, collate, encode
 from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.models.row_delta import RowDeltas
 from act_serve.pipeline.finetune import Lessons, finetune
+from act_serve.pipeline.neighbours import company
 from act_serve.pipeline.training import Report, divergence
 from act_serve.profile.schema import FineTune, Retention
 from tests.tiny_models import make_llama, plant
@@ -163,3 +166,27 @@ def test_a_loss_that_is_not_finite_ends_the_build(tmp_path: Path) -> None:
             seed=0,
             report=silent,
         )
+
+
+def test_company_is_on_beneath_in_turn_and_stays_as_it_is(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    other = {UP: ModuleDelta(torch.tensor([3, 5], dtype=torch.int32), torch.randn(2, 32), None)}
+
+    def run(others: list[dict[str, ModuleDelta]], steps: int) -> torch.Tensor:
+        settings = FineTune(steps=steps, batch_size=2)
+        tuned = finetune(
+            base=base, deltas=zeros(2), lessons=LESSONS, settings=settings, seed=0, report=silent, company=others
+        )
+        return tuned[UP].delta
+
+    before = other[UP].delta.clone()
+    assert torch.equal(run([other], 1), run([], 1))  # the first step is on the base alone
+    assert not torch.equal(run([other], 2), run([], 2))
+    assert torch.equal(other[UP].delta, before)
+
+
+def test_company_that_the_store_lacks_is_named(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    profile = SimpleNamespace(name="new", finetune=FineTune(company=("missing",)))
+    with pytest.raises(BuildError, match="company names missing"):
+        company(profile, Store(tmp_path / "store"), base)  # type: ignore[arg-type]

@@ -1,0 +1,54 @@
+"""The other abilities of a store that fit the same base: measured beside an ability, and its company in training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from act_serve.abilities.store import Store
+from act_serve.delta.artifact import ModuleDelta, read_artifact
+from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.errors import BuildError
+from act_serve.profile.schema import Profile
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Neighbour:
+    """A published ability; `key` names its content in stage records."""
+
+    name: str
+    version: int
+    key: str
+    deltas: Mapping[str, ModuleDelta]
+
+    @property
+    def label(self) -> str:
+        """Name and version, as requests write them."""
+        return f"{self.name}@{self.version}"
+
+
+def neighbours(store: Store, base: Path, without: str) -> list[Neighbour]:
+    """The latest version of every ability but `without` that was built for `base`."""
+    fingerprint = fingerprint_model(base)
+    found = []
+    for name in store.names():
+        version = store.latest(name)
+        manifest = store.manifest(name, version)
+        if name != without and manifest.base_fingerprint == fingerprint:
+            deltas = read_artifact(store.path(name, version))[1]
+            found.append(Neighbour(name, version, manifest.tensors_sha256, deltas))
+    return found
+
+
+def company(profile: Profile, store: Store, base: Path) -> tuple[Neighbour, ...]:
+    """The abilities that `finetune.company` names; raises BuildError when the store lacks one."""
+    wanted = profile.finetune.company
+    if not wanted:
+        return ()
+    there = {other.name: other for other in neighbours(store, base, profile.name)}
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise BuildError(
+            f"finetune.company names {', '.join(missing)}, which {store.root} does not have for this base; "
+            "build that first, or take it off the list"
+        )
+    return tuple(there[name] for name in wanted)
