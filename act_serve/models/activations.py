@@ -1,9 +1,10 @@
 """How differently two models activate each channel on the same text (arXiv 2601.09398, section 3.1).
 
+Models are watched whole (`watch_models`) or layer by layer (`act_serve.models.layerwise`); what is summed is the same.
 Shapes: N answer positions of a batch, O channels of a module, I its inputs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,76 +14,63 @@ from torch import Tensor, nn
 from act_serve.errors import DataError, ModelError
 from act_serve.models.examples import Batch
 
+# What the modules of each model gave on one batch, by module name; all modules at once or those of one layer.
+Seen = tuple[dict[str, Tensor], ...]
+
+
+def watch_models(
+    models: Sequence[Any], batches: Iterable[Batch], modules: Sequence[str], *, inputs: bool = False
+) -> Iterator[Seen]:
+    """Yields, batch by batch, each model's outputs `[N, O]` (or `inputs`, `[N, I]`) at the answer positions."""
+    for batch in batches:
+        yield tuple(_seen(model, batch, modules, inputs) for model in models)
+
 
 def activation_differences(
-    base: Any, source: Any, batches: Iterable[Batch], modules: Sequence[str]
+    batches: Sequence[Batch], watched: Iterable[Seen], channels: Mapping[str, int]
 ) -> dict[str, Tensor]:
     """Mean over the pooled answer positions of |a(source) − a(base)|, per channel: float64 `[O]` per module.
 
-    Only running sums are kept, so memory doesn't grow with the number of batches. Raises DataError without any
-    answer token, ModelError when an activation is not finite.
+    `watched` shows base and source on `batches`, `channels` gives each module's O. Only running sums are kept, so
+    memory doesn't grow with the number of batches. Raises DataError without any answer token, ModelError when an
+    activation is not finite.
     """
-
-    def difference(batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        before, after = _seen(base, batch, modules), _seen(source, batch, modules)
-        return ((name, after[name].double() - before[name].double()) for name in modules)
-
-    return _mean_magnitudes(batches, difference)
+    values = (
+        (name, after[name].double() - found.double()) for before, after in watched for name, found in before.items()
+    )
+    return _mean_magnitudes(batches, values, channels)
 
 
-def activation_means(model: Any, batches: Iterable[Batch], modules: Sequence[str]) -> dict[str, Tensor]:
-    """Mean over the pooled answer positions of |a|, per channel: float64 `[O]` per module; raises as above."""
+def activation_means(
+    batches: Sequence[Batch], watched: Iterable[Seen], channels: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Mean over the pooled answer positions of |a|, per channel: float64 `[O]` per module; raises as above.
 
-    def outputs(batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        return ((name, found.double()) for name, found in _seen(model, batch, modules).items())
-
-    return _mean_magnitudes(batches, outputs)
+    `watched` shows one model.
+    """
+    values = ((name, found.double()) for (seen,) in watched for name, found in seen.items())
+    return _mean_magnitudes(batches, values, channels)
 
 
 def row_effects(
-    model: Any, batches: Iterable[Batch], modules: Sequence[str], difference: Callable[[str], Tensor]
+    batches: Sequence[Batch], watched: Iterable[Seen], channels: Mapping[str, int], difference: Callable[[str], Tensor]
 ) -> dict[str, Tensor]:
-    """Mean over the pooled answer positions of |ΔW·x|, float64 `[O]` per module; x is the module's input in `model`.
+    """Mean over the pooled answer positions of |ΔW·x|, float64 `[O]` per module; raises as above.
 
-    `difference` gives a module's ΔW, float32 `[O, I]`, and is asked for one at a time. Raises as above.
+    `watched` shows the inputs x of one model; `difference` gives a module's ΔW, float32 `[O, I]`, and is asked for
+    one at a time.
     """
 
-    def effects(batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        seen = _seen(model, batch, modules, inputs=True)
-        return ((name, (found.float() @ difference(name).T).double()) for name, found in seen.items())
+    def effect(name: str, inputs_NI: Tensor) -> Tensor:
+        return (inputs_NI.float() @ difference(name).to(inputs_NI.device).T).double()
 
-    return _mean_magnitudes(batches, effects)
-
-
-def _mean_magnitudes(
-    batches: Iterable[Batch], values: Callable[[Batch], Iterable[tuple[str, Tensor]]]
-) -> dict[str, Tensor]:
-    sums: dict[str, Tensor] = {}
-    positions = 0
-    for batch in batches:
-        positions += int(batch.predicts_BT.sum())
-        for name, values_NO in values(batch):
-            total_O = values_NO.abs().sum(0)
-            sums[name] = total_O + sums[name] if name in sums else total_O
-    if positions == 0:
-        raise DataError("the calibration examples hold no answer token; give longer answers or more examples")
-    for name, total in sums.items():
-        if not torch.isfinite(total).all():
-            raise ModelError(f"{name} gives NaN or infinite activations; one of the two models is damaged")
-    return {name: total / positions for name, total in sums.items()}
-
-
-def _seen(model: Any, batch: Batch, modules: Sequence[str], *, inputs: bool = False) -> dict[str, Tensor]:
-    """Outputs `[N, O]` (or `inputs`, `[N, I]`) of each module at the answer positions."""
-    device = next(model.parameters()).device
-    predicts_BT = batch.predicts_BT.to(device)
-    with torch.no_grad(), _recording(model, modules, predicts_BT, inputs) as seen:
-        model.get_decoder()(input_ids=batch.ids_BT.to(device), attention_mask=batch.mask_BT.to(device))
-    return seen
+    values = ((name, effect(name, found)) for (seen,) in watched for name, found in seen.items())
+    return _mean_magnitudes(batches, values, channels)
 
 
 @contextmanager
-def _recording(model: Any, modules: Sequence[str], predicts_BT: Tensor, inputs: bool) -> Iterator[dict[str, Tensor]]:
+def recording(modules: Mapping[str, nn.Module], predicts_BT: Tensor, *, inputs: bool) -> Iterator[dict[str, Tensor]]:
+    """Fills the yielded dict with what each module gives (or takes) at the marked positions of one forward pass."""
     seen: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
@@ -91,9 +79,33 @@ def _recording(model: Any, modules: Sequence[str], predicts_BT: Tensor, inputs: 
 
         return keep
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in modules]
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _mean_magnitudes(
+    batches: Sequence[Batch], values: Iterable[tuple[str, Tensor]], channels: Mapping[str, int]
+) -> dict[str, Tensor]:
+    positions = sum(int(batch.predicts_BT.sum()) for batch in batches)
+    if positions == 0:
+        raise DataError("the calibration examples hold no answer token; give longer answers or more examples")
+    # All made before the first large tensor comes and goes: among those, they would leave gaps that no layer fits in.
+    sums = {name: torch.zeros(count, dtype=torch.float64) for name, count in channels.items()}
+    for name, values_NO in values:
+        sums[name] += values_NO.abs().sum(0).cpu()
+    for name, total in sums.items():
+        if not torch.isfinite(total).all():
+            raise ModelError(f"{name} gives NaN or infinite activations; one of the two models is damaged")
+    return {name: total / positions for name, total in sums.items()}
+
+
+def _seen(model: Any, batch: Batch, modules: Sequence[str], inputs: bool) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    hooked = {name: model.get_submodule(name) for name in modules}
+    with torch.no_grad(), recording(hooked, batch.predicts_BT.to(device), inputs=inputs) as seen:
+        model.get_decoder()(input_ids=batch.ids_BT.to(device), attention_mask=batch.mask_BT.to(device))
+    return seen

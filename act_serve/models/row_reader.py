@@ -46,14 +46,15 @@ class RowReader:
 
 
 @contextmanager
-def open_rows(folder: Path) -> Iterator[RowReader]:
-    """Opens the safetensors shards of the checkpoint in `folder`.
+def open_rows(folder: Path, names: Sequence[str] | None = None) -> Iterator[RowReader]:
+    """Opens the safetensors shards of the checkpoint in `folder`, or those alone that hold the tensors `names`.
 
-    Raises ModelError when there are none, or one is missing or damaged.
+    What was read stays mapped until the reader is closed. Raises ModelError when there are none, or one is missing or
+    damaged.
     """
     with ExitStack() as stack:
         shard_of: dict[str, Any] = {}
-        for path in shards(folder):
+        for path in shards(folder, names):
             try:
                 shard = stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as exc:
@@ -62,12 +63,13 @@ def open_rows(folder: Path) -> Iterator[RowReader]:
         yield RowReader(folder, shard_of)
 
 
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of the checkpoint in `folder`; raises ModelError when there are none."""
+def shards(folder: Path, names: Sequence[str] | None = None) -> list[Path]:
+    """The safetensors files of the checkpoint in `folder`, or those of `names`; raises ModelError without any."""
     index = folder / _INDEX
     if index.exists():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / name for name in sorted(named)]
+        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        named = shard_of.values() if names is None else (shard_of[name] for name in names if name in shard_of)
+        return [folder / name for name in sorted(set(named))]
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         raise ModelError(f"{folder} holds no .safetensors files; convert the checkpoint with save_pretrained first")

@@ -5,30 +5,49 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from act_serve.errors import BuildError
+from act_serve.errors import BuildError, ModelError, PairMismatchError
 from act_serve.models.examples import Example
+from act_serve.pipeline.memory_use import memory_use
 from act_serve.pipeline.rankings.catalogue import RANKINGS
 from act_serve.pipeline.rankings.score import Pair
-from act_serve.profile.schema import Ranking
+from act_serve.profile.schema import Memory, Ranking
 
 
 def score_channels(
-    ranking: Ranking, *, base: Path, source: Path, examples: list[Example], seed: int = 0
+    ranking: Ranking, *, base: Path, source: Path, examples: list[Example], seed: int = 0, memory: Memory = "auto"
 ) -> dict[str, Tensor]:
     """Returns what `ranking` ranks by, `[O]` per module name; `localize` chooses from it.
 
-    Raises DataError without any answer token, ModelError for activations or gradients that are not finite, BuildError
-    when memory runs out.
+    Raises DataError with too few answer tokens, ModelError for weights, activations or gradients that are not finite,
+    PairMismatchError when the models don't differ at all, BuildError when memory runs out or the ranking can't go
+    layer by layer and is asked to.
     """
+    layerwise = memory_use(ranking, memory, base).layerwise
     try:
-        return RANKINGS[ranking].score(Pair(base, source, tuple(examples), seed))
+        scores = RANKINGS[ranking].score(Pair(base, source, tuple(examples), seed, layerwise))
     except (MemoryError, torch.OutOfMemoryError) as exc:
-        raise BuildError(
-            f"out of memory while ranking by {ranking}: it holds the models whole; set localize.ranking to "
-            "weight_relative, which reads one tensor at a time, or build on a larger machine (finished stages are kept)"
-        ) from exc
+        raise BuildError(f"out of memory while ranking by {ranking}: {_advice(ranking, layerwise)}") from exc
+    for name, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise ModelError(f"{name} has NaN or infinite scores by {ranking}; {base} or {source} is damaged")
+    if not any(score.any() for score in scores.values()):
+        raise PairMismatchError(
+            f"{source} does not differ from {base} in any channel by {ranking}; name a model that was trained further"
+        )
+    return scores
 
 
 def score_name(ranking: Ranking) -> str:
     """What `ranking` ranks by; rankings with the same score differ in the selection alone and share a stage."""
     return RANKINGS[ranking].score.__name__
+
+
+def _advice(ranking: Ranking, layerwise: bool) -> str:
+    smaller = "set localize.ranking to weight_relative, which reads one tensor at a time, or build on a larger machine"
+    if layerwise:
+        way = "lower localize.calibration_items, whose hidden states are held, or "
+    elif RANKINGS[ranking].layerwise:
+        way = "set localize.memory to layerwise, which holds one layer of each model at a time, or "
+    else:
+        way = "it holds the base whole; "
+    return f"{way}{smaller} (finished stages are kept)"

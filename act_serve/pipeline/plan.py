@@ -8,9 +8,12 @@ import torch
 
 from act_serve.models.answering import answer_logits
 from act_serve.models.examples import Example, collate, encode
-from act_serve.models.families import channel_modules
+from act_serve.models.families import channel_modules, layer_and_projection
+from act_serve.models.layerwise import watch_layers
 from act_serve.models.loading import load_model, load_tokenizer
-from act_serve.profile.schema import Profile
+from act_serve.pipeline.memory_use import MemoryUse, memory_use, model_bytes
+from act_serve.pipeline.rankings.catalogue import RANKINGS
+from act_serve.profile.schema import Localize, Profile
 
 # A training step costs about this many forward passes over the same tokens, measured on one CPU core.
 DENSE_STEP, ROWS_STEP, RETENTION_STEP = 3.6, 3.0, 4.0
@@ -37,17 +40,17 @@ class Plan:
 
 def make_plan(profile: Profile, base: Path, sample: list[Example]) -> Plan:
     """Plans a build after timing one forward pass of the base on a few examples."""
-    seconds_per_item, model_bytes = _forward_cost(base, sample)
+    use = memory_use(profile.localize.ranking, profile.localize.memory, base)
+    seconds_per_item, whole = _forward_cost(base, sample, use.layerwise), model_bytes(base)
     stages = []
     linear = sum(module.out_features * module.in_features for module in channel_modules(base))
-    peak = 2 * model_bytes
+    peak = whole if use.layerwise else 2 * whole
     train, tune = profile.source.train, profile.finetune
     if train is not None:
         seconds = DENSE_STEP * seconds_per_item * train.steps * train.batch_size
         stages.append(PlannedStage("source", f"train the ability model densely, {train.steps} steps", seconds))
-        peak = max(peak, model_bytes + linear * DENSE_BYTES)
-    items = profile.localize.calibration_items
-    stages.append(PlannedStage("calibrate", f"compare both models on {items} answers", 2 * items * seconds_per_item))
+        peak = max(peak, whole + linear * DENSE_BYTES)
+    stages.append(_calibration(profile.localize, use, seconds_per_item))
     search = profile.search
     shares = " or ".join(f"{p:.1%}" for p in (sorted(search.p) if search else (profile.localize.p,)))
     ranked = f"{shares} of the linear parameters by {profile.localize.ranking}"
@@ -66,11 +69,28 @@ def make_plan(profile: Profile, base: Path, sample: list[Example]) -> Plan:
     return Plan(tuple(stages), peak)
 
 
-def _forward_cost(base: Path, sample: list[Example]) -> tuple[float, int]:
-    model, tokenizer = load_model(base), load_tokenizer(base)
+def _calibration(settings: Localize, use: MemoryUse, seconds_per_item: float) -> PlannedStage:
+    if not RANKINGS[settings.ranking].reads_text:
+        return PlannedStage("calibrate", f"compare both models' weights, {use.what}", 1.0)
+    items = settings.calibration_items
+    return PlannedStage(
+        "calibrate", f"compare both models on {items} answers, {use.what}", 2 * items * seconds_per_item
+    )
+
+
+def _forward_cost(base: Path, sample: list[Example], layerwise: bool) -> float:
+    """Seconds of one forward pass per item; from the first layer alone where the model may not fit."""
+    tokenizer = load_tokenizer(base)
     batch = collate([encode(tokenizer, example) for example in sample], tokenizer.pad_token_id or 0)
+    if layerwise:
+        modules = channel_modules(base)
+        first = [module.name for module in modules if layer_and_projection(module.name)[0] == 0]
+        start = time.monotonic()
+        next(watch_layers([base], [batch], first))
+        return (time.monotonic() - start) * len(modules) / len(first) / len(sample)
+    model = load_model(base)
     with torch.no_grad():
         answer_logits(model, batch)  # the first pass also warms caches up
         start = time.monotonic()
         answer_logits(model, batch)
-    return (time.monotonic() - start) / len(sample), 2 * sum(weight.numel() for weight in model.parameters())
+    return (time.monotonic() - start) / len(sample)

@@ -5,6 +5,7 @@ from pathlib import Path
 from act_serve.abilities.store import Store
 from act_serve.models.loading import resolve_model
 from act_serve.models.pairs import check_pair
+from act_serve.pipeline.budget import settle_budget
 from act_serve.pipeline.candidate import Origin, make_candidate
 from act_serve.pipeline.evidence import gather_evidence
 from act_serve.pipeline.job import Job
@@ -28,7 +29,7 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
     (nothing is published then), and any other ActServeError with what to do.
     """
     base = resolve_model(profile.base)
-    job = Job(profile, base, work, screen, company(profile, store, base))
+    job = Job(settle_budget(profile, base), base, work, screen, company(profile, store, base))
     if profile.source.model is not None:
         check_pair(job.base, resolve_model(profile.source.model))
     _show_plan(job)
@@ -47,7 +48,8 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
 
 def show_plan(profile: Profile, screen: Screen) -> None:
     """Shows what building `profile` would do, and does none of it."""
-    _show_plan(Job(profile, resolve_model(profile.base), Path(), screen))
+    base = resolve_model(profile.base)
+    _show_plan(Job(settle_budget(profile, base), base, Path(), screen))
 
 
 def _show_plan(job: Job) -> None:

@@ -23,7 +23,12 @@ def transferred_rows(job: Job, source: Path, source_key: str, calibration: list[
 
     def scores(folder: Path, _report: Report) -> None:
         found = score_channels(
-            settings.ranking, base=job.base, source=source, examples=calibration, seed=job.profile.seed
+            settings.ranking,
+            base=job.base,
+            source=source,
+            examples=calibration,
+            seed=job.profile.seed,
+            memory=settings.memory,
         )
         save_tensors(folder, found)
 
@@ -32,9 +37,8 @@ def transferred_rows(job: Job, source: Path, source_key: str, calibration: list[
     def rows(folder: Path, _report: Report) -> None:
         save_tensors(folder, localize(modules, load_tensors(scored.folder), settings, job.profile.seed))
 
-    chosen = job.keep(
-        "localize", {"scores": scored.key, "settings": settings.model_dump(), "seed": job.profile.seed}, rows
-    )
+    budget = settings.model_dump(include={"ranking", "p", "calibration_items"})
+    chosen = job.keep("localize", {"scores": scored.key, "settings": budget, "seed": job.profile.seed}, rows)
     strength = job.profile.transfer.strengths[0]
 
     def differences(folder: Path, _report: Report) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 Ranking = Literal[
     "activation_global",
@@ -14,6 +14,7 @@ Ranking = Literal[
     "weight_per_module",
     "random",
 ]
+Memory = Literal["auto", "together", "layerwise"]
 Metric = Literal[
     "exact_match",
     "json_fields",
@@ -77,11 +78,47 @@ class Source(_Section):
 
 
 class Localize(_Section):
-    """Which channels are transferred: the `ranking` and the share `p` of all channels."""
+    """Which channels are transferred: the best by `ranking`, as many as the budget allows.
 
-    ranking: Ranking = "activation_per_module"
+    The budget is one of `p`, a share of the linear parameters; `channels`, a share of every module's channels; and
+    `bytes`, the most that the tensors file may take, such as 10MB. Every ranking spends the same on it. `memory` says
+    whether both models are compared whole or one layer of each at a time; `auto` does the second when they don't fit.
+    `include` names channels outside the linear modules, none of which the engine serves yet.
+    """
+
+    ranking: Ranking = "weight_relative"
     p: Share = 0.05
+    channels: Share | None = None
+    bytes: ByteSize | None = None
     calibration_items: Count = 64
+    memory: Memory = "auto"
+    include: tuple[Literal["norms", "lm_head", "embedding"], ...] = ()
+
+    @field_validator("include")
+    @classmethod
+    def _is_served(cls, include: tuple[str, ...]) -> tuple[str, ...]:
+        if include:
+            raise ValueError(
+                f"channels of {' and '.join(include)} can't be served yet: the engine adds rows to the linear modules "
+                "of the decoder's layers and to nothing else; leave `include` out"
+            )
+        return include
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Localize":
+        given = [name for name in ("p", "channels", "bytes") if name in self.model_fields_set and getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"give one budget, not {' and '.join(given)}")
+        return self
+
+    @model_validator(mode="after")
+    def _ranking_fits_memory(self) -> "Localize":
+        if self.memory == "layerwise" and self.ranking == "gradient":
+            raise ValueError(
+                "the ranking gradient needs the whole base model and can't go with `memory: layerwise`; choose another "
+                "ranking or `memory: together`"
+            )
+        return self
 
 
 class Transfer(_Section):

@@ -1,12 +1,13 @@
 """Activation differences are means over answer tokens alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from act_serve.errors import DataError, ModelError
-from act_serve.models.activations import activation_differences
+from act_serve.models.activations import activation_differences, watch_models
 from act_serve.models.examples import Encoded, batches
 from act_serve.models.loading import load_model
 from tests.tiny_models import make_llama, plant
@@ -19,7 +20,8 @@ def test_against_one_item_at_a_time(tmp_path: Path) -> None:
     plant(base, tmp_path / "source", p=0.1, scale=0.3)
     models = load_model(base, dtype="float32"), load_model(tmp_path / "source", dtype="float32")
     items = [Encoded(tuple(range(10, 10 + length)), start) for length, start in ((9, 4), (5, 1), (7, 6))]
-    pooled = activation_differences(*models, batches(items, 2, 2), [MODULE])[MODULE]
+    read = list(batches(items, 2, 2))
+    pooled = activation_differences(read, watch_models(models, read, [MODULE]), {MODULE: 32})[MODULE]
     wanted, count = torch.zeros(32, dtype=torch.float64), 0
     for item in items:
         # In layer 0, q_proj sees the embedding alone: its output is a product that can be written out.
@@ -33,8 +35,13 @@ def test_against_one_item_at_a_time(tmp_path: Path) -> None:
 def test_no_answers_and_broken_models(tmp_path: Path) -> None:
     model = load_model(make_llama(tmp_path / "base"))
     with pytest.raises(DataError, match="no answer token"):
-        activation_differences(model, model, batches([Encoded((1, 2), 2)], 1, 2), [MODULE])
+        differences(model, model, Encoded((1, 2), 2))
     broken = load_model(tmp_path / "base")
     broken.get_submodule(MODULE).weight[3] = float("nan")
     with pytest.raises(ModelError, match="NaN"):
-        activation_differences(model, broken, batches([Encoded((1, 2, 3), 1)], 1, 2), [MODULE])
+        differences(model, broken, Encoded((1, 2, 3), 1))
+
+
+def differences(base: Any, source: Any, item: Encoded) -> dict[str, torch.Tensor]:
+    read = list(batches([item], 1, 2))
+    return activation_differences(read, watch_models((base, source), read, [MODULE]), {MODULE: 32})

@@ -89,7 +89,7 @@ def test_jsonl_goes_round(tmp_path: Path) -> None:
     assert read_examples(tmp_path / "a.jsonl") == examples
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "x"}', "3"])
+@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "x"}', "3", '{"text": " "}'])
 def test_bad_line_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl:2"):

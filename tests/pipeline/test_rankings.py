@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from act_serve.errors import BuildError, DataError
+from act_serve.errors import BuildError, DataError, ModelError, PairMismatchError
 from act_serve.models.examples import Example
 from act_serve.models.loading import load_model
 from act_serve.pipeline.calibrate import score_channels
@@ -69,6 +69,30 @@ def test_relative_differs_by_one_factor_per_module(pair: Pair) -> None:
 def test_without_examples(pair: Pair, ranking: Ranking) -> None:
     with pytest.raises(DataError, match="no answer token"):
         scores(ranking, Pair(pair.base, pair.source))
+
+
+@pytest.mark.parametrize("ranking", ["activation_global", "activation_weight", "gradient"])
+def test_too_few_answer_tokens(pair: Pair, ranking: Ranking) -> None:
+    few = (Example("question", "yes"), Example("a question that is far longer than what is read " * 20, "yes"))
+    with pytest.raises(DataError, match="2 calibration examples hold 4 answer tokens"):
+        scores(ranking, Pair(pair.base, pair.source, few))
+
+
+@pytest.mark.parametrize("ranking", get_args(Ranking))
+def test_nan_in_a_model(pair: Pair, ranking: Ranking) -> None:
+    if ranking == "random":
+        pytest.skip("looks at no model")
+    broken = load_model(pair.source)
+    broken.get_submodule(MODULE).weight[3, 5] = float("nan")
+    broken.save_pretrained(pair.source)
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        scores(ranking, pair)
+
+
+def test_models_that_do_not_differ(pair: Pair) -> None:
+    for ranking in ("weight_relative", "activation_global", "gradient"):
+        with pytest.raises(PairMismatchError, match="does not differ"):
+            scores(ranking, Pair(pair.base, pair.base, pair.examples))
 
 
 def test_out_of_memory_says_what_to_do(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

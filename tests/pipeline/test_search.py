@@ -121,7 +121,9 @@ def test_nothing_is_published_when_no_share_keeps_enough(folder: Path) -> None:
 
 
 def test_a_source_without_gain_is_refused(folder: Path) -> None:
-    path = profile_file(folder, source={"model": str(folder / "base")}, search={"p": [0.1]})
+    # The wrong way round: a base that has learnt, and an ability model that has not.
+    models = {"base": str(folder / "source"), "source": {"model": str(folder / "base")}}
+    path = profile_file(folder, **models, search={"p": [0.1]})
     with pytest.raises(GainError, match="no better than the base"):
         run(folder, path)
 

@@ -30,13 +30,17 @@ def test_files_are_relative_to_the_profile(tmp_path: Path) -> None:
     profile = load_profile(written(tmp_path, GOOD))
     assert profile.data.train == str(tmp_path / "train.jsonl")
     assert profile.score[0].data.test == str(tmp_path / "test.jsonl")
-    assert profile.localize.ranking == "activation_per_module"
+    assert profile.localize.ranking == "weight_relative"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
         ("  p: 0.1", "  p: 0", "demo.yaml:7: localize.p: Input should be greater than 0"),
+        ("  p: 0.1", "  include: [norms]", "demo.yaml:7: localize.include: channels of norms can't be served yet"),
+        ("  p: 0.1", "  include: [lm_head, embedding]", "channels of lm_head and embedding can't be served yet"),
+        ("  p: 0.1", "  {p: 0.1, channels: 0.1}", "demo.yaml:6: localize: give one budget, not p and channels"),
+        ("  p: 0.1", "  bytes: a lot", "demo.yaml:7: localize.bytes: could not parse"),
         ("  p: 0.1", "  pp: 0.1", "demo.yaml:7: localize.pp: unknown key"),
         ("name: demo", "name: De mo", "demo.yaml:1: name: String should match"),
         ("description: A demonstration.\n", "", "description: Field required"),

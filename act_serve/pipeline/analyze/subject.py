@@ -1,7 +1,7 @@
 """One ability under analysis: its pair of models and what its build has kept already."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from act_serve.models.families import ChannelModule, channel_modules
 from act_serve.models.loading import resolve_model
 from act_serve.models.pairs import check_pair
 from act_serve.pipeline.analyze.overlap import Mask
+from act_serve.pipeline.budget import settle_budget
 from act_serve.pipeline.calibrate import score_channels, score_name
 from act_serve.pipeline.datasets.catalogue import examples_hash
 from act_serve.pipeline.job import Job
@@ -69,7 +70,12 @@ class Subject:
 
         def measure(folder: Path, _report: object) -> None:
             found = score_channels(
-                ranking, base=self.job.base, source=self.source, examples=list(examples), seed=self.job.profile.seed
+                ranking,
+                base=self.job.base,
+                source=self.source,
+                examples=list(examples),
+                seed=self.job.profile.seed,
+                memory=self.job.profile.localize.memory,
             )
             save_tensors(folder, found)
 
@@ -98,6 +104,7 @@ def open_subjects(profiles: Sequence[Profile], builds: Path, screen: Screen) -> 
 
 
 def _open(job: Job) -> Subject:
+    job = replace(job, profile=settle_budget(job.profile, job.base))
     if job.profile.source.model is not None:
         check_pair(job.base, resolve_model(job.profile.source.model))
     source, key = source_model(job)

@@ -108,6 +108,8 @@ def _example(path: Path, number: int, line: str) -> Example:
     try:
         content = json.loads(line)
         if "text" in content:
+            if not str(content["text"]).strip():
+                raise ValueError("the text is empty")
             return Example(None, str(content["text"]))
         choices = tuple(map(str, content.get("choices", ())))
         if choices and str(content["answer"]) not in choices:

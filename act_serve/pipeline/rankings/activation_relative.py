@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from act_serve.models.activations import activation_differences, activation_means
-from act_serve.models.loading import load_model
 from act_serve.pipeline.rankings.score import Pair
 
 
@@ -13,8 +12,8 @@ def activation_relative(pair: Pair) -> dict[str, Tensor]:
 
     The module's scale is used and not the channel's own, for which nearly silent channels would come first.
     """
-    base = load_model(pair.base)
-    scales = activation_means(base, pair.batches(), pair.names)
-    differences = activation_differences(base, load_model(pair.source), pair.batches(), pair.names)
+    batches = pair.batches()
+    scales = activation_means(batches, pair.watch(batches, pair.base), pair.channels)
+    differences = activation_differences(batches, pair.watch(batches, pair.base, pair.source), pair.channels)
     tiny = torch.finfo(torch.float64).tiny
     return {name: found / scales[name].mean().clamp_min(tiny) for name, found in differences.items()}

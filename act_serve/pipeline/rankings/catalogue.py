@@ -14,11 +14,15 @@ from act_serve.profile.schema import Ranking
 
 @dataclass(frozen=True, slots=True)
 class RankingMethod:
-    """`score` ranks; with `per_module`, every module gives the same share of its channels, else all compete."""
+    """`score` ranks; with `per_module`, every module gives the same share of its channels, else all compete.
+
+    `reads_text` says whether it runs the models at all, `layerwise` whether one layer at a time is enough for it.
+    """
 
     score: Score
     per_module: bool
     reads_text: bool = True
+    layerwise: bool = True
 
 
 RANKINGS: dict[Ranking, RankingMethod] = {
@@ -26,7 +30,7 @@ RANKINGS: dict[Ranking, RankingMethod] = {
     "activation_per_module": RankingMethod(activation, per_module=True),
     "activation_relative": RankingMethod(activation_relative, per_module=False),
     "activation_weight": RankingMethod(activation_weight, per_module=True),
-    "gradient": RankingMethod(gradient, per_module=False),
+    "gradient": RankingMethod(gradient, per_module=False, layerwise=False),
     "weight_relative": RankingMethod(weight, per_module=False, reads_text=False),
     "weight_per_module": RankingMethod(weight, per_module=True, reads_text=False),
     "random": RankingMethod(random_rows, per_module=False, reads_text=False),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from act_serve.errors import DataError, ModelError
+from act_serve.errors import BuildError, ModelError
 from act_serve.models.loading import load_model
 from act_serve.models.row_reader import RowReader, open_rows
 from act_serve.pipeline.rankings.score import Pair
@@ -18,14 +18,20 @@ def gradient(pair: Pair) -> dict[str, Tensor]:
     """|Σ_j g_ij·ΔW_ij| per row, float64 `[O]` per module; g is the gradient of the answers' mean NLL at the base.
 
     Each weight's gradient is reduced to one number per row as soon as it is there, so that no two are kept. Raises
-    DataError without any answer token, ModelError when a gradient is not finite.
+    DataError with too few answer tokens, ModelError when a gradient is not finite, BuildError layer by layer.
     """
+    if pair.layerwise:
+        raise BuildError(
+            "ranking by gradient runs backwards through the whole base model and can't go layer by layer; choose "
+            "another localize.ranking, such as weight_relative or activation_weight, or localize.memory: together"
+        )
+    batches = pair.batches()
     base = load_model(pair.base)
     sums: dict[str, Tensor] = {}
     positions = 0
     with open_rows(pair.source) as source:
         handles = [_reduce(base.get_submodule(name), name, source, sums) for name in pair.names]
-        for batch in pair.batches():
+        for batch in batches:
             positions += int(batch.predicts_BT.sum())
             with torch.enable_grad():
                 logits_BTV = base(input_ids=batch.ids_BT.to(base.device), attention_mask=batch.mask_BT.to(base.device))
@@ -33,8 +39,6 @@ def gradient(pair: Pair) -> dict[str, Tensor]:
                 cross_entropy(logits_NV, batch.targets_N.to(base.device), reduction="sum").backward()
         for handle in handles:
             handle.remove()
-    if positions == 0:
-        raise DataError("the calibration examples hold no answer token; give longer answers or more examples")
     for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise ModelError(f"{name} has a NaN or infinite gradient; one of the two models is damaged")

@@ -8,9 +8,10 @@ from act_serve.pipeline.rankings.score import Pair
 
 def weight(pair: Pair) -> dict[str, Tensor]:
     """Root mean square of each row's difference, float64 `[O]` per module; one tensor of each model at a time."""
-    found = {}
-    with open_rows(pair.base) as left, open_rows(pair.source) as right:
-        for name in pair.names:
-            difference_OI = right.tensor(f"{name}.weight").double() - left.tensor(f"{name}.weight").double()
-            found[name] = difference_OI.square().mean(1).sqrt()
-    return found
+    return {name: _difference(pair, f"{name}.weight") for name in pair.names}
+
+
+def _difference(pair: Pair, name: str) -> Tensor:
+    # Opened for one tensor, so that the pages of those read before don't stay mapped.
+    with open_rows(pair.base, [name]) as base, open_rows(pair.source, [name]) as source:
+        return source.tensor(name).double().sub_(base.tensor(name)).square_().mean(1).sqrt()

@@ -1,0 +1,40 @@
+"""How much memory is free where models are loaded: on the GPU where there is one, else in main memory."""
+
+from pathlib import Path
+
+import torch
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes() -> int | None:
+    """Bytes that can still be taken, within the container's limit; None where the system doesn't say."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    known = [value for value in (_available(), _left_in_container()) if value is not None]
+    return min(known, default=None)
+
+
+def _available() -> int | None:
+    try:
+        for line in _MEMINFO.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        return None
+    return None
+
+
+def _left_in_container() -> int | None:
+    """Of cgroup v2's limit; pages of files count as used there although they give way."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        stat = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    giving_way = sum(int(line.split()[1]) for line in stat if line.startswith(("inactive_file ", "active_file ")))
+    return max(int(limit) - used + giving_way, 0)

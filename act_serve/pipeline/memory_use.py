@@ -1,0 +1,48 @@
+"""Decides whether a pair of models is compared whole or layer by layer."""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from act_serve.models.free_memory import free_bytes
+from act_serve.models.row_reader import open_rows
+from act_serve.pipeline.rankings.catalogue import RANKINGS
+from act_serve.profile.schema import Memory, Ranking
+
+# What running both models takes beside their weights.
+_HEADROOM = 1.2
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Whether one layer of each model is held at a time, and in words for the plan what is held."""
+
+    layerwise: bool
+    what: str
+
+
+def memory_use(ranking: Ranking, memory: Memory, base: Path) -> MemoryUse:
+    """What the profile asks for, or with `auto` layer by layer when the pair doesn't fit in free memory.
+
+    With `auto`, a ranking that can't go layer by layer takes the models whole.
+    """
+    method = RANKINGS[ranking]
+    if not method.reads_text:
+        return MemoryUse(False, "one tensor of each at a time")
+    if memory != "auto" or not method.layerwise:
+        layerwise = memory == "layerwise"
+        return MemoryUse(layerwise, "layer by layer" if layerwise else "both in memory")
+    free, needed = free_bytes(), 2 * _HEADROOM * model_bytes(base)
+    if free is None or needed <= free:
+        return MemoryUse(False, "both in memory")
+    return MemoryUse(True, f"layer by layer: the pair needs {_gib(needed)}, {_gib(free)} are free")
+
+
+def model_bytes(folder: Path) -> int:
+    """Bytes of all weights in bfloat16, from the headers of the checkpoint."""
+    with open_rows(folder) as reader:
+        return 2 * sum(prod(reader.shape(name)) for name in reader.names())
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,163 @@
+"""Layer by layer is chosen when it must be, said in the plan, and changes no ability."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from act_serve.delta.artifact import read_artifact
+from act_serve.errors import BuildError, ProfileError
+from act_serve.models.examples import Example
+from act_serve.models.families import channel_modules
+from act_serve.pipeline import memory_use as decision
+from act_serve.pipeline.calibrate import score_channels
+from act_serve.pipeline.localize import localize
+from act_serve.pipeline.memory_use import memory_use, model_bytes
+from act_serve.profile.load import load_profile
+from act_serve.profile.schema import Localize, Ranking
+from tests.pipeline.test_run import build, profile_file
+from tests.tiny_models import make_llama, make_tokenizer, plant
+
+TEXTS = [Example(f"question {number}", "the answer is " + "abcdefghij"[number] * number) for number in range(10)]
+HIDDEN, INNER = 512, 1408
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    base = make_llama(tmp_path / "base", layers=4)
+    plant(base, tmp_path / "source", p=0.125, scale=0.3)
+    return base, tmp_path / "source"
+
+
+@pytest.mark.parametrize(
+    "ranking", ["activation_global", "activation_per_module", "activation_relative", "activation_weight"]
+)
+def test_same_scores_and_same_channels(pair: tuple[Path, Path], ranking: Ranking) -> None:
+    base, source = pair
+    modules = channel_modules(base)
+    whole = score_channels(ranking, base=base, source=source, examples=TEXTS, memory="together")
+    layered = score_channels(ranking, base=base, source=source, examples=TEXTS, memory="layerwise")
+    torch.testing.assert_close(layered, whole, rtol=1e-5, atol=1e-5)
+    settings = Localize(ranking=ranking, p=0.125)
+    chosen = localize(modules, layered, settings, seed=0), localize(modules, whole, settings, seed=0)
+    torch.testing.assert_close(*chosen)
+
+
+def test_auto_goes_by_free_memory(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _ = pair
+    for free, layerwise in ((model_bytes(base), True), (3 * model_bytes(base), False), (None, False)):
+        monkeypatch.setattr(decision, "free_bytes", lambda free=free: free)
+        assert memory_use("activation_global", "auto", base).layerwise is layerwise
+    monkeypatch.setattr(decision, "free_bytes", lambda: 1)
+    assert not memory_use("weight_relative", "auto", base).layerwise
+    assert not memory_use("gradient", "auto", base).layerwise
+    assert not memory_use("activation_global", "together", base).layerwise
+
+
+def test_build_layer_by_layer_says_so(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"p": 0.125, "calibration_items": 5, "ranking": "activation_per_module"}
+    together, said = build(tmp_path, profile_file(tmp_path, localize=settings, finetune={"steps": 0}))
+    assert "5 answers, both in memory" in said
+    monkeypatch.setattr(decision, "free_bytes", lambda: 1)
+    layered, said = build(tmp_path, profile_file(tmp_path, name="layered", localize=settings, finetune={"steps": 0}))
+    assert "layer by layer: the pair needs" in " ".join(said.split())
+    assert read_artifact(together)[0].tensors_sha256 == read_artifact(layered)[0].tensors_sha256
+
+
+def test_gradient_needs_the_whole_model(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    with pytest.raises(ProfileError, match="the ranking gradient needs the whole base model"):
+        load_profile(profile_file(tmp_path, localize={"ranking": "gradient", "memory": "layerwise"}))
+    with pytest.raises(BuildError, match="can't go layer by layer"):
+        score_channels("gradient", base=pair[0], source=pair[1], examples=TEXTS, memory="layerwise")
+
+
+# What a ranking holds at its peak, in a process of its own: VmHWM, file pages of the checkpoints included, and the
+# largest RssAnon that a second thread saw every 2 ms.
+PEAK = """
+import sys, threading
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from act_serve.models.examples import Example
+from act_serve.pipeline.peak_memory import forget_peak, peak_bytes
+from act_serve.pipeline.rankings.catalogue import RANKINGS
+from act_serve.pipeline.rankings.score import Pair
+
+def run(folder, layerwise):
+    examples = tuple(Example(None, "the answer is " + letter * 9) for letter in "abcd")
+    RANKINGS[sys.argv[1]].score(Pair(folder, folder, examples, layerwise=layerwise))
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+def watch():
+    while not done.wait(0.002):
+        seen.append(anonymous())
+
+warm, folder, layerwise = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] == "layerwise"
+run(warm, layerwise)
+forget_peak()
+before, seen, done = (peak_bytes(), anonymous()), [0], threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+run(folder, layerwise)
+done.set()
+watcher.join()
+print(peak_bytes() - before[0], max(seen) - before[1])
+"""
+
+
+def make_deep(folder: Path, layers: int) -> Path:
+    """Writes a Llama of many layers, tensor by tensor."""
+    folder.mkdir()
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=259,
+    )
+    config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    shapes = {module.name: (module.out_features, module.in_features) for module in channel_modules(folder)}
+    tensors = {f"{name}.weight": torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    for layer in range(layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.randn(259, HIDDEN).bfloat16()
+    tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def peak(ranking: Ranking, warm: Path, folder: Path, memory: str) -> tuple[int, int]:
+    """Bytes that scoring `folder` took beyond scoring `warm`: in all, and without pages of files."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, ranking, str(warm), str(folder), memory],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    resident, anonymous = done.stdout.split()
+    return int(resident), int(anonymous)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("ranking", ["activation_per_module", "activation_weight"])
+def test_peak_memory_does_not_grow_with_the_layers(tmp_path: Path, ranking: Ranking) -> None:
+    one, few, many = (make_deep(tmp_path / str(layers), layers) for layers in (1, 12, 48))
+    layer = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
+    shallow, deep = peak(ranking, one, few, "layerwise"), peak(ranking, one, many, "layerwise")
+    assert max(deep[0] - shallow[0], deep[1] - shallow[1]) < 2.5 * layer, (shallow, deep)
+    assert deep[0] < 6 * layer, deep
+    # Whole models of 12 layers show that the measure sees what it should.
+    assert peak(ranking, one, few, "together")[0] > 9 * layer
