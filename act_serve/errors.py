@@ -17,9 +17,12 @@
     │   └── BaseMismatchError      the artifact was built for another base model
     ├── EngineError                the engine could not apply what it was asked to apply
     └── RequestError               a request is malformed
+        ├── AuthenticationError    the server needs an API key, and the request has none that it knows
+        ├── PermissionDeniedError  the key lacks a role, or may not use an ability
         ├── UnknownAbilityError    the request names an ability, version, language or skill that is not here
         ├── TooLargeError          the body is larger than the server accepts
         ├── OverloadedError        every queue is full: try again later
+        │   └── RateLimitError     the key has used up its requests for now
         └── NotReadyError          the server is still starting, or no replica is alive
 
 ``http_status`` is what the server answers when the error reaches a request; ``exit_code`` is what the
@@ -133,6 +136,18 @@ class RequestError(ActServeError):
         self.param = param
 
 
+class AuthenticationError(RequestError):
+    """The server needs an API key, and the request has none that it knows."""
+
+    http_status = 401
+
+
+class PermissionDeniedError(RequestError):
+    """The request's key lacks the role that the route needs, or may not use an ability that the request names."""
+
+    http_status = 403
+
+
 class UnknownAbilityError(RequestError):
     """The request names an ability, version, language or skill that this server does not have."""
 
@@ -153,6 +168,10 @@ class OverloadedError(RequestError):
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimitError(OverloadedError):
+    """The request's key has used up its requests for now."""
 
 
 class NotReadyError(RequestError):
