@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from act_serve.abilities.allowed import Allowed, check_allowed, visible
 from act_serve.abilities.catalogue import CatalogueView
 from act_serve.abilities.detect import NOT_READY, Choice, choose
 from act_serve.abilities.language import Identifier, identify_language
@@ -14,7 +16,7 @@ from act_serve.abilities.merged_adapters import read_merged_adapters
 from act_serve.abilities.prompt_text import prompt_text
 from act_serve.abilities.request_fields import Asked, read_abilities, read_shorthand, read_text
 from act_serve.abilities.skills import Skills
-from act_serve.delta.composition import Composition, WeightedAbility
+from act_serve.delta.composition import Composition
 from act_serve.errors import RequestError, UnknownAbilityError
 
 FIELDS = ("abilities", "merged_adapters", "language", "skill")
@@ -69,15 +71,25 @@ def resolve(
     policy: Policy,
     skills: Skills = NOT_READY,
     identify: Identifier = identify_language,
+    allowed: Allowed = None,
 ) -> Resolution:
-    """Reads ``model`` and the :data:`FIELDS` of a request body; ``skills`` and ``identify`` serve "auto".
+    """Reads ``model`` and the :data:`FIELDS` of a request body.
+
+    Args:
+        body: of the request.
+        view: of the catalogue.
+        policy: of the server.
+        skills, identify: what "auto" chooses by.
+        allowed: names that the request's sender may use; "auto" chooses among them alone.
 
     Raises:
         RequestError: a field is malformed, or two of them ask for abilities.
+        PermissionDeniedError: the request names an ability that is not allowed.
         UnknownAbilityError: the model, ability, version, language or skill is not on this server.
         ArtifactDamagedError: a chosen ability's manifest is damaged.
     """
-    suffix = _model_suffix(body.get("model"), policy.base_model, view)
+    usable = visible(view, allowed)
+    suffix = _model_suffix(body.get("model"), policy.base_model, usable)
     given = [name for name in FIELDS if body.get(name) is not None]
     if suffix is not None and given:
         raise RequestError(
@@ -86,12 +98,16 @@ def resolve(
         )
     if len(given) > 1 and given != ["language", "skill"]:
         raise RequestError(f'"{given[0]}" and "{given[1]}" are both given; use one of them', param=given[1])
-    asked = _asked(body, suffix, view, policy)
-    choice = asked if asked is not None else choose(prompt_text(body), view, identify, skills)
-    return Resolution(_pinned(choice.abilities, view, policy), asked is None, choice.reason)
+    asked = _asked(body, suffix, view, usable, policy)
+    choice = asked if asked is not None else choose(prompt_text(body), usable, identify, skills)
+    composition = Composition.of(choice.abilities)
+    check_allowed((ability.name for ability in composition.abilities), allowed)
+    return Resolution(_pinned(composition, usable, policy), asked is None, choice.reason)
 
 
-def _asked(body: Mapping[str, Any], suffix: str | None, view: CatalogueView, policy: Policy) -> Choice | None:
+def _asked(
+    body: Mapping[str, Any], suffix: str | None, view: CatalogueView, usable: CatalogueView, policy: Policy
+) -> Choice | None:
     """What the request names, or the server's default; None for "auto"."""
     if suffix is not None:
         asked: Asked = read_text(suffix)
@@ -102,14 +118,22 @@ def _asked(body: Mapping[str, Any], suffix: str | None, view: CatalogueView, pol
     elif body.get("merged_adapters") is not None:
         asked, reason = read_merged_adapters(body["merged_adapters"]), "named by the request's merged_adapters"
     elif body.get("language") is not None or body.get("skill") is not None:
-        return read_shorthand(body, view)
+        return _shorthand(body, view, usable)
     else:
         asked, reason = read_text(policy.default), "the server's default"
     return None if asked == "auto" else Choice(asked, reason)
 
 
-def _pinned(abilities: Iterable[WeightedAbility], view: CatalogueView, policy: Policy) -> Composition:
-    composition = Composition.of(abilities)
+def _shorthand(body: Mapping[str, Any], view: CatalogueView, usable: CatalogueView) -> Choice:
+    try:
+        return read_shorthand(body, usable)
+    except UnknownAbilityError:
+        with contextlib.suppress(UnknownAbilityError):
+            return read_shorthand(body, view)  # an ability that is not allowed, which the caller says
+        raise
+
+
+def _pinned(composition: Composition, view: CatalogueView, policy: Policy) -> Composition:
     for ability in composition.abilities:
         if ability.weight < 0 and not policy.allow_negative_weights:
             raise RequestError(

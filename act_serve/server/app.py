@@ -14,11 +14,14 @@ from act_serve.abilities.catalogue import Catalogue
 from act_serve.abilities.language import identify_language
 from act_serve.abilities.resolve import Policy
 from act_serve.abilities.store import Store
+from act_serve.errors import ActServeError
 from act_serve.server.catalogue_watch import CatalogueWatch
 from act_serve.server.config import ServerSettings
 from act_serve.server.control import control_routes
 from act_serve.server.forward import Forwarder, open_session
+from act_serve.server.http_errors import answer_error
 from act_serve.server.inference import Inference
+from act_serve.server.keys import Keys
 from act_serve.server.metrics import RouterMetrics
 from act_serve.server.skill_watch import SkillWatch
 from act_serve.server.upstream import Upstream
@@ -31,11 +34,15 @@ def build_app(settings: ServerSettings, base_model: str, open_upstream: Callable
         settings: of the server.
         base_model: the name that clients use for the base.
         open_upstream: gives the seam to the engines; called once, when the app starts.
+
+    Raises:
+        ProfileError: the keys file is wrong.
     """
     catalogue = Catalogue(Store(settings.store))
     watch = CatalogueWatch(catalogue, settings.catalogue_refresh_s, SkillWatch())
     policy = Policy(base_model, settings.default_abilities, settings.allow_negative_weights)
     metrics = RouterMetrics()
+    keys = Keys(settings.keys)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -43,9 +50,12 @@ def build_app(settings: ServerSettings, base_model: str, open_upstream: Callable
         await asyncio.to_thread(identify_language, "warm up")
         async with open_session() as session:
             forwarder = Forwarder(open_upstream(), session, metrics)
-            app.include_router(control_routes(catalogue, base_model, forwarder, metrics))
-            app.mount("/", Inference(watch, policy, forwarder, metrics, settings.max_body_bytes))
-            watching = asyncio.create_task(watch.run())
+            app.include_router(
+                control_routes(catalogue, base_model, forwarder, metrics, keys, settings.metrics_need_key)
+            )
+            app.mount("/", Inference(watch, policy, forwarder, metrics, settings.max_body_bytes, keys))
+            period_s = settings.catalogue_refresh_s
+            watching = asyncio.gather(watch.run(), keys.run(period_s))
             try:
                 yield
             finally:
@@ -53,4 +63,6 @@ def build_app(settings: ServerSettings, base_model: str, open_upstream: Callable
                 with contextlib.suppress(asyncio.CancelledError):
                     await watching
 
-    return FastAPI(title="act-serve", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="act-serve", version=__version__, lifespan=lifespan)
+    app.add_exception_handler(ActServeError, answer_error)
+    return app

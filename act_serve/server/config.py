@@ -27,6 +27,7 @@ _OWNED = {
     **dict.fromkeys(("max_loras", "max_cpu_loras"), _MAX_LORAS),
     "lora_modules": "put abilities into the store",
     "kv_cache_memory_bytes": "use the setting kv_cache_gib",
+    "api_key": "use the setting keys; clients' keys end at the router",
     "config": "give the arguments one by one",
     **dict.fromkeys(("host", "port", "uds"), "use the setting engine_host; the port is any free one"),
 }
@@ -69,7 +70,9 @@ class ServerSettings(BaseModel):
         max_ongoing_requests: requests that one engine replica works on or queues itself.
         max_queued_requests: requests that one router holds back for a free engine; more are refused with 429.
         replica_wait_s: how long a request waits for a living engine before 503.
-        catalogue_refresh_s: how often the router looks for changes in the store.
+        catalogue_refresh_s: how often the router looks for changes in the store and in the keys file.
+        keys: file of the API keys (docs/security.md); without one everybody may ask, and nobody may change anything.
+        metrics_need_key: whether /metrics is only for callers with a key, of any role.
         engine_replicas, router_replicas: processes of each kind.
         engine_host: interface of the engines' HTTP servers, which only routers may call; by default the address by
             which Ray knows the node.
@@ -94,6 +97,8 @@ class ServerSettings(BaseModel):
     max_queued_requests: PositiveInt = 256
     replica_wait_s: PositiveFloat = 30.0
     catalogue_refresh_s: PositiveFloat = 1.0
+    keys: Path | None = None
+    metrics_need_key: bool = False
     engine_replicas: PositiveInt = 1
     router_replicas: PositiveInt = 1
     engine_host: str | None = None

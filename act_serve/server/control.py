@@ -5,22 +5,33 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from act_serve.abilities.catalogue import Catalogue, summary
-from act_serve.errors import ActServeError
+from act_serve.abilities.allowed import check_allowed, visible
+from act_serve.abilities.catalogue import Catalogue, CatalogueView, summary
 from act_serve.server.forward import Forwarder, fetch_text
-from act_serve.server.http_errors import error_object
+from act_serve.server.keys import Key, Keys
 from act_serve.server.metrics import RouterMetrics, merge_pages
 
 _PROBE_TIMEOUT_S = 2.0
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def control_routes(catalogue: Catalogue, base_model: str, forwarder: Forwarder, metrics: RouterMetrics) -> APIRouter:
-    """The routes, on one router's parts."""
+def control_routes(
+    catalogue: Catalogue,
+    base_model: str,
+    forwarder: Forwarder,
+    metrics: RouterMetrics,
+    keys: Keys,
+    metrics_need_key: bool,
+) -> APIRouter:
+    """The routes, on one router's parts; a key sees only the abilities that it may use."""
     routes = APIRouter()
+
+    def view_of(request: Request) -> tuple[Key, CatalogueView]:
+        key = keys.check(request.headers, None)
+        return key, visible(catalogue.view, key.abilities)
 
     @routes.get("/health")
     async def health() -> dict[str, str]:
@@ -36,43 +47,45 @@ def control_routes(catalogue: Catalogue, base_model: str, forwarder: Forwarder, 
         return JSONResponse(body, 200 if alive else 503)
 
     @routes.get("/metrics")
-    async def metrics_page() -> PlainTextResponse:
+    async def metrics_page(request: Request) -> PlainTextResponse:
         """This router's metrics and those of all engine replicas, in Prometheus' text format."""
+        if metrics_need_key:
+            keys.check(request.headers, None)
         pages = await _ask_all(forwarder, "/metrics")
         engines = {name: page for name, page in pages.items() if page is not None}
         return PlainTextResponse(merge_pages(metrics.text(), engines), media_type=_METRICS_TYPE)
 
     @routes.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
         """The base and every ability that is in order, in the shape of OpenAI's list."""
-        return {"object": "list", "data": model_cards(catalogue, base_model)}
+        _, view = view_of(request)
+        return {"object": "list", "data": model_cards(view, base_model)}
 
     @routes.get("/v1/abilities")
-    async def abilities() -> dict[str, Any]:
+    async def abilities(request: Request) -> dict[str, Any]:
         """Every ability of the store, damaged ones too."""
-        return {"object": "list", "data": [summary(entry) for entry in catalogue.view.entries.values()]}
+        _, view = view_of(request)
+        return {"object": "list", "data": [summary(entry) for entry in view.entries.values()]}
 
     @routes.get("/v1/abilities/{name}")
-    async def ability(name: str) -> JSONResponse:
+    async def ability(name: str, request: Request) -> JSONResponse:
         """One ability with the manifest and scores of its active version."""
-        try:
-            entry = catalogue.view.ability(name)
-        except ActServeError as exc:
-            status, body = error_object(exc)
-            return JSONResponse(body, status)
+        key, view = view_of(request)
+        check_allowed([name], key.abilities)
+        entry = view.ability(name)
         manifest = entry.active.manifest
         return JSONResponse({**summary(entry), "manifest": manifest and manifest.model_dump(mode="json")})
 
     return routes
 
 
-def model_cards(catalogue: Catalogue, base_model: str) -> list[dict[str, Any]]:
+def model_cards(view: CatalogueView, base_model: str) -> list[dict[str, Any]]:
     """OpenAI model objects; ``root`` and ``parent`` as vLLM gives them for adapters."""
     shared = {"object": "model", "created": 0, "owned_by": "act-serve"}
     base = {"id": base_model, **shared, "root": base_model, "parent": None}
     return [base] + [
         {"id": f"{base_model}:{m.name}", **shared, "root": f"{m.name}@{m.version}", "parent": base_model}
-        for m in catalogue.view.manifests()
+        for m in view.manifests()
     ]
 
 

@@ -6,9 +6,11 @@ import json
 import logging
 from typing import Any
 
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 from starlette.types import Send
 
-from act_serve.errors import ActServeError, OverloadedError
+from act_serve.errors import ActServeError, AuthenticationError, OverloadedError
 
 _log = logging.getLogger(__name__)
 
@@ -23,11 +25,24 @@ def error_object(exc: Exception) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": kind, "param": getattr(exc, "param", None), "code": status}}
 
 
+def error_headers(exc: Exception) -> dict[str, str]:
+    """What the client should know about an error beside its body: when to come again, or how to identify itself."""
+    if isinstance(exc, OverloadedError):
+        return {"retry-after": str(exc.retry_after_s)}
+    return {"www-authenticate": "Bearer"} if isinstance(exc, AuthenticationError) else {}
+
+
+async def answer_error(request: Request, exc: Exception) -> JSONResponse:
+    """What the app's own routes answer when they raise; send_error does the same without FastAPI."""
+    status, body = error_object(exc)
+    return JSONResponse(body, status, error_headers(exc))
+
+
 async def send_error(send: Send, exc: Exception) -> int:
     """Answers with the error and returns its status; nothing may have been sent before."""
     status, body = error_object(exc)
-    headers = [(b"retry-after", str(exc.retry_after_s).encode())] if isinstance(exc, OverloadedError) else []
-    await send_json(send, status, body, headers)
+    headers = error_headers(exc).items()
+    await send_json(send, status, body, [(name.encode(), value.encode()) for name, value in headers])
     return status
 
 

@@ -9,14 +9,16 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from act_serve.abilities.resolve import FIELDS, Policy, Resolution, resolve
 from act_serve.engine.settings import MODEL_HEADER
-from act_serve.errors import UnknownAbilityError
+from act_serve.errors import PermissionDeniedError, UnknownAbilityError
 from act_serve.server.catalogue_watch import CatalogueWatch
 from act_serve.server.forward import Exchange, Forwarder
 from act_serve.server.http_errors import send_error
+from act_serve.server.keys import SECRET_HEADERS, Key, Keys
 from act_serve.server.metrics import RouterMetrics
 from act_serve.server.paths import check_path, path_label
 from act_serve.server.request_body import ClientGoneError, is_json, parse_body, read_body
@@ -35,6 +37,7 @@ class Inference:
     forwarder: Forwarder
     metrics: RouterMetrics
     max_body_bytes: int
+    keys: Keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one HTTP request; errors before the first byte become OpenAI error objects."""
@@ -56,19 +59,22 @@ class Inference:
         self.metrics.requests.labels(path, status).inc()
 
     async def _exchange(self, scope: Scope, receive: Receive) -> Exchange:
+        key = self.keys.check(Headers(scope=scope), "infer")
         path = scope["raw_path"].decode("ascii")
         check_path(scope["path"])
         query = scope["query_string"].decode("ascii")
         target = f"{path}?{query}" if query else path
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
-        headers = [(name, value) for name, value in headers if not name.lower().startswith(_DROPPED)]
+        headers = [(name, value) for name, value in headers if _passes(name.lower())]
         body = await read_body(receive, scope, self.max_body_bytes)
-        if scope["method"] != "POST" or not is_json(scope):
-            return Exchange(scope["method"], target, headers, body or None)
-        return await self._resolved(parse_body(body), target, headers)
+        if scope["method"] == "POST" and is_json(scope):
+            return await self._resolved(parse_body(body), target, headers, key)
+        if body and key.abilities is not None:  # the engine reads the field model in there
+            raise PermissionDeniedError("this API key is for certain abilities, so its requests must be JSON")
+        return Exchange(scope["method"], target, headers, body or None)
 
-    async def _resolved(self, body: dict[str, Any], target: str, headers: list[tuple[str, str]]) -> Exchange:
-        resolution = await self._resolve(body)
+    async def _resolved(self, body: dict[str, Any], target: str, headers: list[tuple[str, str]], key: Key) -> Exchange:
+        resolution = await self._resolve(body, key)
         for name in FIELDS:
             body.pop(name, None)
         body["model"] = resolution.model(self.policy.base_model)
@@ -79,17 +85,18 @@ class Inference:
         report = json.dumps(resolution.report()).encode()
         return Exchange("POST", target, headers, json.dumps(body).encode(), report, _answer_headers(resolution))
 
-    def _resolve_now(self, body: dict[str, Any]) -> Resolution:
-        return resolve(body, view=self.catalogue.view, policy=self.policy, skills=self.catalogue.skills)
+    def _resolve_now(self, body: dict[str, Any], key: Key) -> Resolution:
+        view, skills = self.catalogue.view, self.catalogue.skills
+        return resolve(body, view=view, policy=self.policy, skills=skills, allowed=key.abilities)
 
-    async def _resolve(self, body: dict[str, Any]) -> Resolution:
+    async def _resolve(self, body: dict[str, Any], key: Key) -> Resolution:
         start = time.perf_counter()
         try:
-            resolution = self._resolve_now(body)
+            resolution = self._resolve_now(body, key)
         except UnknownAbilityError as exc:  # it may have been published a moment ago
             if exc.param == "model" or not await self.catalogue.look_again():
                 raise
-            resolution = self._resolve_now(body)
+            resolution = self._resolve_now(body, key)
         self.metrics.decision.observe(time.perf_counter() - start)
         for ability in resolution.composition.abilities:
             self.metrics.abilities.labels(ability.name).inc()
@@ -104,6 +111,10 @@ def _answer_headers(resolution: Resolution) -> tuple[tuple[bytes, bytes], ...]:
     if not resolution.auto:
         return (used,)
     return used, (b"x-act-reason", resolution.reason.encode("ascii", "replace"))
+
+
+def _passes(header: str) -> bool:
+    return header not in SECRET_HEADERS and not header.startswith(_DROPPED)
 
 
 class _Started:

@@ -8,9 +8,11 @@ import hmac
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from starlette.requests import Request
 
 from act_serve.errors import AuthenticationError, PermissionDeniedError, ProfileError, RateLimitError
 from act_serve.server.keys_file import KeyRecord, Role, read_keys_file
@@ -42,19 +44,6 @@ class Key:
     def may_use(self, name: str) -> bool:
         """Whether the key may use the ability ``name``, which need not exist."""
         return self.abilities is None or name in self.abilities
-
-    def need(self, names: Iterable[str]) -> None:
-        """Checks that the key may use all of ``names``.
-
-        Raises:
-            PermissionDeniedError: it may not; the message names the first one and what it may use instead.
-        """
-        refused = next((name for name in names if not self.may_use(name)), None)
-        if refused is not None:
-            may = ", ".join(sorted(self.abilities or ())) or "the base model alone"
-            raise PermissionDeniedError(
-                f"the key '{self.id}' may not use the ability '{refused[:80]}'; it may use {may}", param="abilities"
-            )
 
 
 # On a server without a keys file everybody may ask, and nobody may change anything.
@@ -186,6 +175,15 @@ class Keys:
         if former is not None and (former.per_minute, former.burst) == (per_minute, burst):
             return former  # reading the file again gives nobody a new allowance
         return TokenBucket(per_minute, burst, self._clock)
+
+
+def require_role(keys: Keys, role: Role | None) -> Callable[[Request], Awaitable[Key]]:
+    """A FastAPI dependency for routes that need ``role``; raises as :meth:`Keys.check` does."""
+
+    async def caller(request: Request) -> Key:
+        return keys.check(request.headers, role)
+
+    return caller
 
 
 def _with_role(key: Key, role: Role | None) -> Key:

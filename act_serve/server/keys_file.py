@@ -9,10 +9,19 @@ from __future__ import annotations
 import hashlib
 import secrets
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from act_serve.delta.composition import NAME_PATTERN
 from act_serve.errors import ProfileError
@@ -42,6 +51,19 @@ class KeyRecord(BaseModel):
     abilities: frozenset[Annotated[str, Field(pattern=rf"^{NAME_PATTERN}$")]] | None = None
     requests_per_minute: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = None
     burst: Annotated[int, Field(ge=1)] | None = None
+
+    @field_validator("abilities", "requests_per_minute", "burst", mode="before")
+    @classmethod
+    def _said(cls, value: object) -> object:
+        if value is None:  # "abilities:" with nothing behind it must not mean all of them
+            raise ValueError("is empty; give a value or leave the field out")
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.burst is not None and self.requests_per_minute is None:
+            raise ValueError("burst needs requests_per_minute")
+        return self
 
 
 def new_key() -> tuple[str, str]:
@@ -75,7 +97,7 @@ def read_keys_file(path: Path) -> list[KeyRecord]:
         first = exc.errors(include_input=False)[0]
         where, *fields = first["loc"]
         named = f"entry {int(where) + 1}{''.join(f', {str(f)[:40]}' for f in fields)}"
-        raise ProfileError(f"{path}: {named}: {first['msg']}") from None
+        raise ProfileError(f"{path}: {named}: {first['msg'].removeprefix('Value error, ')}") from None
     for what in ("id", "sha256"):
         if len({getattr(record, what) for record in records}) < len(records):
             raise ProfileError(f"{path}: two entries have the same {what}; every key has its own")

@@ -30,7 +30,8 @@ def app(args: dict[str, Any]) -> Application:
         ModelError: the model's folder holds no checkpoint.
     """
     settings = read_settings(args)
-    settings = settings.model_copy(update={"store": settings.store.absolute()})
+    absolute = {"store": settings.store.absolute(), "keys": settings.keys and settings.keys.absolute()}
+    settings = settings.model_copy(update=absolute)
     check_default_abilities(settings)
     folder, name = model_source(settings)
     engine = serve.deployment(Engine).options(name=ENGINE, **_engine_options(settings))
