@@ -20,6 +20,8 @@
         ├── AuthenticationError    the server needs an API key, and the request has none that it knows
         ├── PermissionDeniedError  the key lacks a role, or may not use an ability
         ├── UnknownAbilityError    the request names an ability, version, language or skill that is not here
+        ├── ExistsError            the store has that already, or it is in use
+        ├── ArchiveError           an uploaded archive or its source is not an ability's files and nothing else
         ├── TooLargeError          the body is larger than the server accepts
         ├── OverloadedError        every queue is full: try again later
         │   └── RateLimitError     the key has used up its requests for now
@@ -152,6 +154,16 @@ class UnknownAbilityError(RequestError):
     """The request names an ability, version, language or skill that this server does not have."""
 
     http_status = 404
+
+
+class ExistsError(RequestError):
+    """The store has that version already, or it is in use, so that it cannot be added or removed."""
+
+    http_status = 409
+
+
+class ArchiveError(RequestError):
+    """An uploaded archive, or where an ability is to be fetched from, is not an ability's files and nothing else."""
 
 
 class TooLargeError(RequestError):

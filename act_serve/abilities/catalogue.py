@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from act_serve.abilities.desired_state import AbilityState, read_state
 from act_serve.abilities.store import Store
 from act_serve.delta.composition import WeightedAbility
 from act_serve.delta.manifest import MANIFEST_FILE, Manifest
@@ -28,15 +29,27 @@ class VersionEntry:
 
 @dataclass(frozen=True, slots=True)
 class AbilityEntry:
-    """One ability: its versions in ascending order; the last one is active."""
+    """One ability.
+
+    Attributes:
+        versions: those that are served, ascending; at least one.
+        wanted: what the store's state says of it.
+    """
 
     name: str
     versions: tuple[VersionEntry, ...]
+    wanted: AbilityState = field(default_factory=AbilityState)
 
     @property
     def active(self) -> VersionEntry:
         """The version that requests get when they name none."""
-        return self.versions[-1]
+        if self.wanted.active is None:
+            return self.versions[-1]
+        for entry in self.versions:
+            if entry.version == self.wanted.active:
+                return entry
+        # Another version in its place could be the one that was rolled back from.
+        return VersionEntry(self.wanted.active, None, "it is the active version and its files are gone")
 
     def version(self, number: int) -> VersionEntry:
         """One version.
@@ -123,15 +136,18 @@ class Catalogue:
         A manifest that cannot be used is listed with its damage and hides nothing else.
 
         Raises:
-            StoreError: the store cannot be listed; the former view stays.
+            StoreError: the store cannot be listed or its state not be read; the former view stays.
         """
         with self._lock:
             known: dict[tuple[str, int], tuple[_Signature | None, VersionEntry]] = {}
             entries: dict[str, AbilityEntry] = {}
+            state = read_state(self._store.root)
             for name in self._store.names():
-                versions = tuple(self._entry(name, number, known) for number in self._store.versions(name))
-                if versions:
-                    entries[name] = AbilityEntry(name, versions)
+                wanted = state.of(name)
+                served = [number for number in self._store.versions(name) if number not in wanted.removed]
+                if served:
+                    versions = tuple(self._entry(name, number, known) for number in served)
+                    entries[name] = AbilityEntry(name, versions, wanted)
             self._known = known
             self._view = CatalogueView(MappingProxyType(entries))
             return self._view
@@ -171,6 +187,8 @@ def summary(entry: AbilityEntry) -> dict[str, Any]:
         "damage": active.damage,
         "version": active.version,
         "versions": [version.version for version in entry.versions],
+        "draining": sorted(entry.wanted.removed),
+        "pinned": entry.wanted.pinned,
         "digest": manifest and manifest.digest,
         "kind": manifest and manifest.kind,
         "languages": list(manifest.languages) if manifest else [],

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from act_serve.abilities.desired_state import read_state
 from act_serve.delta.composition import check_name
 from act_serve.delta.manifest import MANIFEST_FILE, Manifest, read_manifest
 from act_serve.errors import ArtifactDamagedError, RequestError, StoreError, UnknownAbilityError
@@ -47,18 +48,31 @@ class Store:
             raise UnknownAbilityError(f"there is no ability '{name}' in the store", param="abilities")
         return versions[-1]
 
+    def active(self, name: str) -> int:
+        """The version that requests get which name none: the one that the store's state says, else the highest.
+
+        Raises:
+            UnknownAbilityError: there is none.
+            StoreError: the state cannot be read.
+        """
+        wanted = read_state(self.root).of(name)
+        served = [version for version in self.versions(name) if version not in wanted.removed]
+        if not served:
+            raise UnknownAbilityError(f"there is no ability '{name}' in the store", param="abilities")
+        return wanted.active or served[-1]
+
     def path(self, name: str, version: int) -> Path:
         """Folder of one version, published or not."""
         return self.root / check_name(name) / str(int(version))
 
     def manifest(self, name: str, version: int | None = None) -> Manifest:
-        """The checked manifest of a version, by default the latest.
+        """The checked manifest of a version, by default the active one.
 
         Raises:
             UnknownAbilityError: no such ability or version.
             ArtifactDamagedError: the manifest is malformed, or names another ability or version than its folder.
         """
-        version = self.latest(name) if version is None else version
+        version = self.active(name) if version is None else version
         folder = self.path(name, version)
         if not (folder / MANIFEST_FILE).is_file():
             raise UnknownAbilityError(

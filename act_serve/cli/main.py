@@ -23,7 +23,6 @@ from act_serve.errors import ActServeError, MissingExtraError
 EXTRAS = {
     "build": (
         "accelerate",
-        "filelock",
         "gguf",
         "jinja2",
         "matplotlib",
@@ -39,6 +38,7 @@ EXTRAS = {
         "prometheus_client",
         "psutil",
         "py3langid",
+        "python_multipart",
         "ray",
         "uvicorn",
         "vllm",

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
 from vllm.lora.request import LoRARequest
 
+from act_serve.abilities.desired_state import read_state
 from act_serve.delta.composition import Composition
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.admission import Admission, split_model
 from act_serve.engine.resolver import adapter_request
 from act_serve.engine.seats import Seats
-from act_serve.errors import EngineError, RequestError, UnknownAbilityError
+from act_serve.errors import EngineError, RequestError, StoreError, UnknownAbilityError
 
 # Compositions that vLLM's app remembers; an entry is a few hundred bytes. Far more than can be in flight at once.
 _CAPACITY = 16_384
@@ -53,7 +54,7 @@ class CompositionRegistry:
         self._adapters: dict[str, LoRARequest] = models.lora_requests
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._value_bytes = engine_client.model_config.dtype.itemsize
-        self.seats = Seats(max_resident_bytes, self._evict)
+        self.seats = Seats(max_resident_bytes, self._evict, self._pinned)
         self._last_id = 0
 
     @asynccontextmanager
@@ -112,6 +113,13 @@ class CompositionRegistry:
             await self._client.add_lora(known.request)
         except Exception as exc:  # vLLM raises a bare Exception with the worker's text
             raise EngineError(f"the engine could not load {known.request.lora_name}: {exc}") from exc
+
+    def _pinned(self, keys: Iterable[AbilityKey]) -> set[AbilityKey]:
+        try:
+            state = read_state(self._admission.store.root)
+        except StoreError:  # a pin is a wish; a request must not fail for it
+            return set()
+        return {key for key in keys if state.of(key.name).pinned}
 
     async def _evict(self, key: AbilityKey) -> None:
         """Makes vLLM forget all compositions with this ability, and the workers free it."""

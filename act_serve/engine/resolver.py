@@ -88,7 +88,7 @@ class CurrentAdapters(dict[str, LoRARequest]):
         served = Composition.parse(request.lora_name.rpartition(":")[2]).abilities
         try:
             return all(
-                ability.version is not None or self._store.latest(ability.name) == pinned.version
+                ability.version is not None or self._store.active(ability.name) == pinned.version
                 for ability, pinned in zip(asked, served, strict=True)
             )
         except ActServeError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -30,10 +30,12 @@ class Seats(Generic[Key]):
     Args:
         max_bytes: budget of all resident abilities.
         evict: called for each ability that must leave, when no request uses it.
+        pinned: says which abilities leave only when the others do not make enough room.
     """
 
     max_bytes: int
     evict: Callable[[Key], Awaitable[None]]
+    pinned: Callable[[Iterable[Key]], Collection[Key]] = lambda _: ()
     _seats: dict[Key, _Seat] = field(default_factory=dict)  # least recently used first
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _left: asyncio.Event = field(default_factory=asyncio.Event)
@@ -90,8 +92,9 @@ class Seats(Generic[Key]):
     async def _make_room(self, sizes: Mapping[Key, int]) -> None:
         missing = sum(size for key, size in sizes.items() if key not in self._seats)
         victims, room = [], self.max_bytes - self.bytes
-        # Idle ones first, then those in use, each in order of their last use.
-        for key, seat in sorted(self._seats.items(), key=lambda item: item[1].users > 0):
+        pinned = self.pinned(self._seats)
+        # Idle ones first, then those in use, pinned ones last; each in order of their last use.
+        for key, seat in sorted(self._seats.items(), key=lambda item: (item[0] in pinned, item[1].users > 0)):
             if room >= missing:
                 break
             if key not in sizes:

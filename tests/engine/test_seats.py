@@ -120,3 +120,15 @@ async def test_random_traffic_ends(seed: int) -> None:
     results = await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), 20)
     assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results)
     assert engine.seats.bytes <= 20
+
+
+async def test_pinned_abilities_leave_only_when_the_others_make_too_little_room() -> None:
+    engine = Engine(10)
+    engine.seats.pinned = lambda keys: {"a"} & set(keys)
+    for key in "abc":
+        await engine.run({key: 3})
+    await engine.run({"d": 3})
+    await engine.run({"e": 6})
+    assert engine.evicted == ["b", "c", "d"], "a is the least recently used one, and stays"
+    await engine.run({"f": 10})
+    assert engine.evicted[3:] == ["e", "a"]
