@@ -93,7 +93,7 @@ def _mean_magnitudes(
     positions = sum(int(batch.predicts_BT.sum()) for batch in batches)
     if positions == 0:
         raise DataError("the calibration examples hold no answer token; give longer answers or more examples")
-    # All made before the first large tensor comes and goes: among those, they would leave gaps that no layer fits in.
+    # All made before the first large tensor comes and goes: among those, they would leave gaps that those don't fit in.
     sums = {name: torch.zeros(count, dtype=torch.float64) for name, count in channels.items()}
     for name, values_NO in values:
         sums[name] += values_NO.abs().sum(0).cpu()

@@ -1,5 +1,6 @@
-"""How much memory is free where models are loaded: on the GPU where there is one, else in main memory."""
+"""How much memory is free where models are loaded, and giving back what was freed."""
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -9,11 +10,21 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int | None:
-    """Bytes that can still be taken, within the container's limit; None where the system doesn't say."""
+    """Bytes that can still be taken: on the GPU where there is one, else in main memory and its container's limit.
+
+    None where the system doesn't say.
+    """
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     known = [value for value in (_available(), _left_in_container()) if value is not None]
     return min(known, default=None)
+
+
+def return_freed() -> None:
+    """Gives freed memory back to the system, which glibc keeps where a small block lies above it (malloc_trim(3))."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # other C libraries have none
+        trim(0)
 
 
 def _available() -> int | None:

@@ -18,6 +18,7 @@ from act_serve.errors import ModelError
 from act_serve.models.activations import Seen, recording
 from act_serve.models.examples import Batch
 from act_serve.models.families import layer_and_projection
+from act_serve.models.free_memory import return_freed
 from act_serve.models.row_reader import open_rows
 
 _DTYPE = torch.bfloat16
@@ -43,6 +44,7 @@ def watch_layers(
                 for decoder, hidden in zip(decoders, states, strict=True)
             )
         del decoders  # before the next ones are read
+        return_freed()
 
 
 def _advance(
@@ -53,7 +55,7 @@ def _advance(
     hooked = {name: decoder.layers[0].get_submodule(name.split(".", 3)[3]) for name in names}
     with torch.no_grad(), recording(hooked, batch.predicts_BT.to(device), inputs=inputs) as seen:
         done = decoder(inputs_embeds=hidden[number], attention_mask=batch.mask_BT.to(device), use_cache=False)
-    # In place: new states would lie among the large tensors that come and go, and leave gaps that no layer fits in.
+    # In place: new states would lie among the large tensors that come and go, and leave gaps that those don't fit in.
     hidden[number].copy_(done.last_hidden_state)
     return seen
 

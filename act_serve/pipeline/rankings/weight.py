@@ -1,5 +1,6 @@
 """How much a row's weights differ, from the checkpoints alone."""
 
+import torch
 from torch import Tensor
 
 from act_serve.models.row_reader import open_rows
@@ -8,7 +9,11 @@ from act_serve.pipeline.rankings.score import Pair
 
 def weight(pair: Pair) -> dict[str, Tensor]:
     """Root mean square of each row's difference, float64 `[O]` per module; one tensor of each model at a time."""
-    return {name: _difference(pair, f"{name}.weight") for name in pair.names}
+    # All made before the first large tensor comes and goes: among those, they would leave gaps that those don't fit in.
+    found = {name: torch.empty(count, dtype=torch.float64) for name, count in pair.channels.items()}
+    for name, score_O in found.items():
+        score_O.copy_(_difference(pair, f"{name}.weight"))
+    return found
 
 
 def _difference(pair: Pair, name: str) -> Tensor:
