@@ -15,6 +15,7 @@ from act_serve.cli.evaluate import evaluate
 from act_serve.cli.export import export
 from act_serve.cli.import_ability import import_ability
 from act_serve.cli.inspect import inspect
+from act_serve.cli.key import key
 from act_serve.cli.merge import merge
 from act_serve.cli.serve import serve
 from act_serve.errors import ActServeError, MissingExtraError
@@ -61,6 +62,7 @@ app.command("merge")(merge)
 app.command("import")(import_ability)
 app.command("inspect")(inspect)
 app.add_typer(ability, name="ability")
+app.add_typer(key, name="key")
 
 
 def _show_version(wanted: bool) -> None:

@@ -26,6 +26,10 @@ PortOption = Annotated[int, typer.Option("--port", min=1, max=65534, help="Port 
 DefaultOption = Annotated[
     str, typer.Option("--default-abilities", help="For requests that name none: none, auto or fr+math*0.5.")
 ]
+KeysOption = Annotated[
+    Path | None,
+    typer.Option("--keys", envvar="ACT_SERVE_KEYS", help="File of the API keys. Default: everybody may ask."),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Any other server setting, KEY=VALUE; may be repeated.")
 ]
@@ -38,6 +42,7 @@ def serve(
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     default_abilities: DefaultOption = "none",
+    keys: KeysOption = None,
     settings: SetOption = None,
 ) -> None:
     """Start router and engine on this machine; Ctrl-C stops everything."""
@@ -48,6 +53,7 @@ def serve(
         "served_model_name": served_model_name,
         "store": store.absolute(),
         "default_abilities": default_abilities,
+        "keys": keys and keys.absolute(),
         "engine_host": "127.0.0.1",
         **dict(_split(text) for text in settings or []),
     }
@@ -58,9 +64,12 @@ def serve(
 
 def _run(settings: ServerSettings, host: str, port: int) -> None:
     from act_serve.cli.progress_line import ProgressLine
+    from act_serve.server.keys_file import read_keys_file
     from act_serve.server.model_source import check_default_abilities, model_source
     from act_serve.server.ray_local import local_application
 
+    if settings.keys is not None:
+        read_keys_file(settings.keys)
     _, base = model_source(settings)
     check_default_abilities(settings)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -118,8 +127,7 @@ def _welcome(settings: ServerSettings, base: str, url: str) -> str:
     some = next((e.name for e in entries if e.active.manifest), None)
     if some is not None:
         body["abilities"] = ["fr" if any(e.name == "fr" for e in entries) else some]
-    post = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
+    key = ' -H "x-api-key: $KEY"' if settings.keys else ""
+    post = f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
     listed = "\n".join(shown) or f"  none yet in {settings.store}"
-    return (
-        f"\n{url}  serves {base}\nabilities\n{listed}\n\ntry\n  curl {url}/v1/abilities\n  {post}\n\nCtrl-C stops it."
-    )
+    return f"\n{url}  serves {base}\nabilities\n{listed}\n\ntry\n  curl {url}/v1/abilities{key}\n  {post}\n\nCtrl-C stops it."

@@ -73,32 +73,48 @@ def new_key() -> tuple[str, str]:
 
 
 def read_keys_file(path: Path) -> list[KeyRecord]:
-    """Reads and checks a keys file; no message repeats what stands in it but ids.
+    """Reads and checks a keys file; no message repeats a value that stands in it.
 
     Raises:
-        ProfileError: it cannot be read, is not a list of entries, or two entries are of one id or one key.
+        ProfileError: it cannot be read, or as :func:`parse_keys`.
     """
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_FILE_BYTES + 1)
+        if len(raw) > _MAX_FILE_BYTES:
+            raise ProfileError(f"{path}: a keys file has at most {_MAX_FILE_BYTES} bytes")
         content = yaml.safe_load(raw)
     except OSError as exc:
         raise ProfileError(f"{path}: the keys file cannot be read ({exc.strerror})") from exc
-    except (yaml.YAMLError, ValueError, RecursionError) as exc:
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:  # their texts quote the file
         mark = getattr(exc, "problem_mark", None)
         raise ProfileError(f"{path}{f':{mark.line + 1}' if mark else ''}: the keys file is not valid YAML") from None
-    if len(raw) > _MAX_FILE_BYTES:
-        raise ProfileError(f"{path}: a keys file has at most {_MAX_FILE_BYTES} bytes")
+    return parse_keys(content, str(path))
+
+
+def parse_keys(content: object, what: str) -> list[KeyRecord]:
+    """Checks the entries of a keys file.
+
+    Args:
+        content: of the file, parsed.
+        what: its name in messages.
+
+    Raises:
+        ProfileError: it is not a list of entries, or two entries are of one id or one key.
+    """
     if not isinstance(content, list) or not content:
-        raise ProfileError(f"{path}: a keys file is a list with an entry for each key; act-serve key new prints one")
+        raise ProfileError(f"{what}: a keys file is a list with an entry for each key; act-serve key new prints one")
     try:
         records = TypeAdapter(list[KeyRecord]).validate_python(content)
     except ValidationError as exc:
         first = exc.errors(include_input=False)[0]
-        where, *fields = first["loc"]
-        named = f"entry {int(where) + 1}{''.join(f', {str(f)[:40]}' for f in fields)}"
-        raise ProfileError(f"{path}: {named}: {first['msg'].removeprefix('Value error, ')}") from None
-    for what in ("id", "sha256"):
-        if len({getattr(record, what) for record in records}) < len(records):
-            raise ProfileError(f"{path}: two entries have the same {what}; every key has its own")
+        entry, *fields = first["loc"]
+        # An unknown field could be a key in the wrong place, so not all of it is shown.
+        named = "".join(f", {str(field)[:20]}" for field in fields)
+        raise ProfileError(
+            f"{what}: entry {int(entry) + 1}{named}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
+    for field in ("id", "sha256"):
+        if len({getattr(record, field) for record in records}) < len(records):
+            raise ProfileError(f"{what}: two entries have the same {field}; every key has its own")
     return records

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from act_serve.cli.main import app
+from act_serve.server.keys import Key, Keys
 from tests.abilities.manifests import publish
 
 COMMAND = [sys.executable, "-c", "from act_serve.cli.main import main; main()"]
@@ -29,7 +30,18 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_commands() -> None:
     names = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
-    assert names == {"serve", "build-delta", "analyze", "eval", "export", "merge", "import", "inspect", "ability"}
+    assert names == {
+        "serve",
+        "build-delta",
+        "analyze",
+        "eval",
+        "export",
+        "merge",
+        "import",
+        "inspect",
+        "ability",
+        "key",
+    }
 
 
 @pytest.mark.parametrize(
@@ -45,6 +57,7 @@ def test_the_commands() -> None:
         ["inspect"],
         ["ability"],
         ["ability", "list"],
+        ["key", "new"],
     ],
 )
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
@@ -61,6 +74,8 @@ def test_help_loads_nothing_heavy(words: list[str]) -> None:
         (["serve", "--set", "nonsense"], 2, "write KEY=VALUE"),
         (["serve", "--default-abilities", "a b"], 2, "none, auto or a composition"),
         (["serve", "--model", "no-such-folder"], 2, "has no config.json"),
+        (["serve", "--keys", "no-such-file"], 2, "the keys file cannot be read"),
+        (["key", "new", "--role", "root"], 2, "entry 1, roles"),
         (["inspect", "no-such-folder"], 5, "cannot be read"),
         (["ability", "list", "--url", "http://127.0.0.1:9"], 1, "does not list abilities"),
     ],
@@ -82,6 +97,21 @@ def test_a_busy_port_is_said_before_anything_starts() -> None:
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_new_key_is_said_once_and_its_line_makes_a_keys_file(tmp_path: Path) -> None:
+    done = run("key", "new", "--role", "infer", "--id", "shop", "--abilities", "fr,extract", "--burst", "2",
+               "--requests-per-minute", "30")  # fmt: skip
+    secret = done.stderr.split()[-1]
+    file = tmp_path / "keys.yaml"
+    file.write_text(done.stdout)
+    assert secret not in done.stdout
+    keys = Keys(file)
+    assert keys.check({"authorization": f"Bearer {secret}"}, "infer") == Key(
+        "shop", frozenset({"infer"}), frozenset({"fr", "extract"})
+    )
+    assert not keys.has_admin
+    assert run("key", "new", "--role", "infer").stderr.split()[-1] != secret
 
 
 def test_abilities_of_a_store(tmp_path: Path) -> None:
