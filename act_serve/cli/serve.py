@@ -130,4 +130,5 @@ def _welcome(settings: ServerSettings, base: str, url: str) -> str:
     key = ' -H "x-api-key: $KEY"' if settings.keys else ""
     post = f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
     listed = "\n".join(shown) or f"  none yet in {settings.store}"
-    return f"\n{url}  serves {base}\nabilities\n{listed}\n\ntry\n  curl {url}/v1/abilities{key}\n  {post}\n\nCtrl-C stops it."
+    tries = f"try\n  curl {url}/v1/abilities{key}\n  {post}"
+    return f"\n{url}  serves {base}\nabilities\n{listed}\n\n{tries}\n\nCtrl-C stops it."

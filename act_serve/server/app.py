@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -21,19 +22,22 @@ from act_serve.server.control import control_routes
 from act_serve.server.forward import Forwarder, open_session
 from act_serve.server.http_errors import answer_error
 from act_serve.server.inference import Inference
-from act_serve.server.keys import Keys
+from act_serve.server.keys import Clock, Keys
 from act_serve.server.metrics import RouterMetrics
 from act_serve.server.skill_watch import SkillWatch
 from act_serve.server.upstream import Upstream
 
 
-def build_app(settings: ServerSettings, base_model: str, open_upstream: Callable[[], Upstream]) -> FastAPI:
+def build_app(
+    settings: ServerSettings, base_model: str, open_upstream: Callable[[], Upstream], clock: Clock = time.monotonic
+) -> FastAPI:
     """The app of one router.
 
     Args:
         settings: of the server.
         base_model: the name that clients use for the base.
         open_upstream: gives the seam to the engines; called once, when the app starts.
+        clock: of the keys' rate limits, in seconds.
 
     Raises:
         ProfileError: the keys file is wrong.
@@ -42,7 +46,7 @@ def build_app(settings: ServerSettings, base_model: str, open_upstream: Callable
     watch = CatalogueWatch(catalogue, settings.catalogue_refresh_s, SkillWatch())
     policy = Policy(base_model, settings.default_abilities, settings.allow_negative_weights)
     metrics = RouterMetrics()
-    keys = Keys(settings.keys)
+    keys = Keys(settings.keys, clock)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
