@@ -19,6 +19,7 @@ from act_serve.server.keys_file import KeyRecord, Role, read_keys_file
 
 _log = logging.getLogger(__name__)
 _BEARER = "bearer "
+_ONE = 1 - 1e-9  # ten tenths do not add up to 1.0
 
 # Request headers that carry a key; they end at the router.
 SECRET_HEADERS = frozenset({"authorization", "x-api-key"})
@@ -68,7 +69,7 @@ class TokenBucket:
         now = self._clock()
         self._left = min(self.burst, self._left + (now - self._then) * self.per_minute / 60)
         self._then = now
-        if self._left < 1:
+        if self._left < _ONE:
             return (1 - self._left) * 60 / self.per_minute
         self._left -= 1
         return 0.0

@@ -16,7 +16,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveFloat,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -49,7 +48,7 @@ class KeyRecord(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     roles: Annotated[frozenset[Role], Field(min_length=1)]
     abilities: frozenset[Annotated[str, Field(pattern=rf"^{NAME_PATTERN}$")]] | None = None
-    requests_per_minute: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = None
+    requests_per_minute: Annotated[float, Field(ge=0.001, le=1e6)] | None = None
     burst: Annotated[int, Field(ge=1)] | None = None
 
     @field_validator("abilities", "requests_per_minute", "burst", mode="before")
