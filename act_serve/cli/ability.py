@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-ability = typer.Typer(help="Look at the abilities of a store or of a running server.", no_args_is_help=True)
+ability = typer.Typer(help="See and change the abilities of a store or of a running server.", no_args_is_help=True)
 
 StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store.")]
 UrlOption = Annotated[str | None, typer.Option("--url", help="Ask this server instead, e.g. http://127.0.0.1:8000.")]

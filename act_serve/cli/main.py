@@ -11,6 +11,7 @@ from act_serve import __version__
 from act_serve.cli.ability import ability
 from act_serve.cli.analyze import analyze
 from act_serve.cli.build_delta import build_delta
+from act_serve.cli.change_ability import activate_ability, add_ability, pin_ability, remove_ability
 from act_serve.cli.evaluate import evaluate
 from act_serve.cli.export import export
 from act_serve.cli.import_ability import import_ability
@@ -61,6 +62,10 @@ app.command("export")(export)
 app.command("merge")(merge)
 app.command("import")(import_ability)
 app.command("inspect")(inspect)
+ability.command("add")(add_ability)
+ability.command("remove")(remove_ability)
+ability.command("activate")(activate_ability)
+ability.command("pin")(pin_ability)
 app.add_typer(ability, name="ability")
 app.add_typer(key, name="key")
 

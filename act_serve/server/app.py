@@ -16,6 +16,7 @@ from act_serve.abilities.language import identify_language
 from act_serve.abilities.resolve import Policy
 from act_serve.abilities.store import Store
 from act_serve.errors import ActServeError
+from act_serve.server.admin import admin_routes, keep_swept
 from act_serve.server.catalogue_watch import CatalogueWatch
 from act_serve.server.config import ServerSettings
 from act_serve.server.control import control_routes
@@ -42,7 +43,8 @@ def build_app(
     Raises:
         ProfileError: the keys file is wrong.
     """
-    catalogue = Catalogue(Store(settings.store))
+    store = Store(settings.store)
+    catalogue = Catalogue(store)
     watch = CatalogueWatch(catalogue, settings.catalogue_refresh_s, SkillWatch())
     policy = Policy(base_model, settings.default_abilities, settings.allow_negative_weights)
     metrics = RouterMetrics()
@@ -57,9 +59,10 @@ def build_app(
             app.include_router(
                 control_routes(catalogue, base_model, forwarder, metrics, keys, settings.metrics_need_key)
             )
+            app.include_router(admin_routes(settings, store, watch, keys))
             app.mount("/", Inference(watch, policy, forwarder, metrics, settings.max_body_bytes, keys))
             period_s = settings.catalogue_refresh_s
-            watching = asyncio.gather(watch.run(), keys.run(period_s))
+            watching = asyncio.gather(watch.run(), keys.run(period_s), keep_swept(store, settings.drain_s))
             try:
                 yield
             finally:

@@ -48,6 +48,14 @@ def _from_json(value: object) -> object:
     return parsed
 
 
+def _list_from_json(value: object) -> object:
+    """As a list where it is text, which is how ``serve run`` gives it."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError('give folders as a JSON list, such as ["/srv/abilities"]') from None
+
+
 def _check_default(value: str) -> str:
     if value not in ("none", "auto"):
         try:
@@ -73,6 +81,9 @@ class ServerSettings(BaseModel):
         catalogue_refresh_s: how often the router looks for changes in the store and in the keys file.
         keys: file of the API keys (docs/security.md); without one everybody may ask, and nobody may change anything.
         metrics_need_key: whether /metrics is only for callers with a key, of any role.
+        allowed_sources: folders that an admin may have abilities added from (docs/control-plane.md); uploads need none.
+        max_ability_bytes: the most that an added ability may have, packed and unpacked.
+        drain_s: how long the files of a removed version stay, for the requests that began with it.
         engine_replicas, router_replicas: processes of each kind.
         engine_host: interface of the engines' HTTP servers, which only routers may call; by default the address by
             which Ray knows the node.
@@ -99,6 +110,9 @@ class ServerSettings(BaseModel):
     catalogue_refresh_s: PositiveFloat = 1.0
     keys: Path | None = None
     metrics_need_key: bool = False
+    allowed_sources: Annotated[tuple[Path, ...], BeforeValidator(_list_from_json)] = ()
+    max_ability_bytes: PositiveInt = 2_000_000_000
+    drain_s: PositiveFloat = 60.0
     engine_replicas: PositiveInt = 1
     router_replicas: PositiveInt = 1
     engine_host: str | None = None

@@ -30,8 +30,10 @@ def app(args: dict[str, Any]) -> Application:
         ModelError: the model's folder holds no checkpoint.
     """
     settings = read_settings(args)
-    absolute = {"store": settings.store.absolute(), "keys": settings.keys and settings.keys.absolute()}
-    settings = settings.model_copy(update=absolute)
+    absolute = {name: folder.absolute() for name in ("model", "store", "keys")
+                if (folder := getattr(settings, name)) is not None}  # fmt: skip
+    allowed = tuple(folder.absolute() for folder in settings.allowed_sources)
+    settings = settings.model_copy(update={**absolute, "allowed_sources": allowed})
     check_default_abilities(settings)
     folder, name = model_source(settings)
     engine = serve.deployment(Engine).options(name=ENGINE, **_engine_options(settings))
