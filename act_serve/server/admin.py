@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -171,6 +172,12 @@ def admin_routes(settings: ServerSettings, store: Store, watch: CatalogueWatch, 
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     return routes
+
+
+async def warm_up(keys: Keys) -> None:
+    """Loads what the first upload needs, which would hold up streams for seconds."""
+    if keys.has_admin:
+        await asyncio.to_thread(import_module, "act_serve.delta.artifact")
 
 
 async def keep_swept(store: Store, drain_s: float) -> None:

@@ -16,7 +16,7 @@ from act_serve.abilities.language import identify_language
 from act_serve.abilities.resolve import Policy
 from act_serve.abilities.store import Store
 from act_serve.errors import ActServeError
-from act_serve.server.admin import admin_routes, keep_swept
+from act_serve.server.admin import admin_routes, keep_swept, warm_up
 from act_serve.server.catalogue_watch import CatalogueWatch
 from act_serve.server.config import ServerSettings
 from act_serve.server.control import control_routes
@@ -54,6 +54,7 @@ def build_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await watch.refresh()
         await asyncio.to_thread(identify_language, "warm up")
+        await warm_up(keys)
         async with open_session() as session:
             forwarder = Forwarder(open_upstream(), session, metrics)
             app.include_router(
