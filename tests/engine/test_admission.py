@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from act_serve.abilities.changes import activate, remove
 from act_serve.abilities.store import Store
 from act_serve.delta.composition import Composition
 from act_serve.delta.fingerprint import fingerprint_model
@@ -44,6 +45,16 @@ async def test_a_new_version_is_another_composition(admission: Admission, store:
     before = await admission.pin(Composition.parse("fr"))
     publish_random(store, tiny_llama, "fr", seed=3, version=3)
     assert await admission.pin(Composition.parse("fr")) != before
+    assert await admission.pin(before) == before
+
+
+async def test_the_engine_follows_a_roll_back_and_serves_what_began_before_a_removal(
+    admission: Admission, store: Store
+) -> None:
+    before = await admission.pin(Composition.parse("fr"))
+    activate(store, "fr", 1)
+    assert (await admission.pin(Composition.parse("fr"))).abilities[0].version == 1
+    remove(store, "fr", 2)
     assert await admission.pin(before) == before
 
 
