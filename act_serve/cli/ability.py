@@ -14,6 +14,9 @@ ability = typer.Typer(help="See and change the abilities of a store or of a runn
 
 StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store.")]
 UrlOption = Annotated[str | None, typer.Option("--url", help="Ask this server instead, e.g. http://127.0.0.1:8000.")]
+KeyOption = Annotated[
+    str | None, typer.Option("--key", envvar="ACT_SERVE_KEY", help="Key for --url, where it wants one.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _TIMEOUT_S = 10.0
 
@@ -23,9 +26,14 @@ def _group() -> None: ...
 
 
 @ability.command("list")
-def list_abilities(store: StoreOption = Path("abilities"), url: UrlOption = None, as_json: JsonOption = False) -> None:
+def list_abilities(
+    store: StoreOption = Path("abilities"),
+    url: UrlOption = None,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """List abilities: active version, kind, languages, size, and whether each is in order."""
-    rows = _of_server(url) if url else _of_store(store)
+    rows = _of_server(url, key) if url else _of_store(store)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif not rows:
@@ -41,13 +49,19 @@ def _of_store(store: Path) -> list[dict[str, Any]]:
     return [summary(entry) for entry in Catalogue(Store(store)).refresh().entries.values()]
 
 
-def _of_server(url: str) -> list[dict[str, Any]]:
+def _of_server(url: str, key: str | None) -> list[dict[str, Any]]:
     from act_serve.errors import StoreError
 
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/v1/abilities", timeout=_TIMEOUT_S) as reply:
+        request = urllib.request.Request(f"{url.rstrip('/')}/v1/abilities")
+        if key:
+            request.add_unredirected_header("authorization", f"Bearer {key}")
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
             rows: list[dict[str, Any]] = json.load(reply)["data"]
             return rows
+    except urllib.error.HTTPError as exc:
+        hint = "; give a key with --key or ACT_SERVE_KEY" if exc.code in (401, 403) else ""
+        raise StoreError(f"{url} does not list abilities (status {exc.code}){hint}") from exc
     except (urllib.error.URLError, ValueError, KeyError, TimeoutError) as exc:
         raise StoreError(f"{url} does not list abilities ({exc}); is it the address of an act-serve server?") from exc
 

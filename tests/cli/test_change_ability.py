@@ -57,6 +57,11 @@ def test_the_commands_change_a_store_and_a_server_alike(target: list[str], tiny_
     assert say("activate", "fr", "1") == "active is fr@1"
     assert say("add", str(folders[1])) == "added fr@2; active is 1"
     assert say("pin", "fr") == "fr is pinned"
+    assert "fr" in say("list")
+    if "--url" in target:
+        without_key = run("list", *target, key="")
+        assert (without_key.returncode, without_key.stderr.count("\n")) == (1, 1)
+        assert "--key" in without_key.stderr
     shown = summary(Catalogue(Store(tmp_path / "store")).refresh().ability("fr"))
     assert (shown["version"], shown["versions"], shown["pinned"]) == (1, [1, 2], True)
     refused = run("add", str(folders[1]), *target)
