@@ -92,6 +92,7 @@ class TokenWeights:
 
     def __init__(self, weight_TA: np.ndarray) -> None:
         self.weight_TA = np.ascontiguousarray(weight_TA, dtype=np.float32)
+        self._on: dict[torch.device, tuple[tuple[torch.Tensor, torch.Tensor], ...]] = {}
 
     @cached_property
     def uses(self) -> tuple[Uses, ...]:
@@ -101,6 +102,18 @@ class TokenWeights:
             tokens_P = np.flatnonzero(weight_T).astype(np.int32)
             found.append(Uses(tokens_P, np.ascontiguousarray(weight_T[tokens_P])))
         return tuple(found)
+
+    def on(self, device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """``uses`` as tensors on a device, moved there once for all layers: ``[P]`` int64 and ``[P, 1]`` fp32."""
+        if device not in self._on:
+            self._on[device] = tuple(
+                (
+                    torch.from_numpy(use.tokens_P).long().to(device),
+                    torch.from_numpy(use.weight_P).to(device)[:, None],
+                )
+                for use in self.uses
+            )
+        return self._on[device]
 
     @cached_property
     def many(self) -> tuple[tuple[int, Uses], ...]:

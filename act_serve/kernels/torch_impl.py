@@ -9,11 +9,9 @@ from act_serve.kernels.rows import ActiveRows, TokenWeights
 
 def add_rows_torch(x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
     """As :func:`act_serve.kernels.reference.add_rows_reference`; products are rounded to the dtype of ``x_TI``."""
-    for ability, use in zip(active.abilities, weights.uses, strict=True):
-        if not len(use.tokens_P) or not len(ability.rows_N):
+    for ability, (tokens_P, weight_P1) in zip(active.abilities, weights.on(x_TI.device), strict=True):
+        if not len(tokens_P) or not len(ability.rows_N):
             continue
-        tokens_P = torch.from_numpy(use.tokens_P).long().to(x_TI.device)
-        weight_P1 = torch.from_numpy(use.weight_P).to(x_TI.device)[:, None]
         value_PN = ability.products(x_TI[tokens_P]).float().mul_(weight_P1)
         place = (tokens_P[:, None], ability.rows_N.long())
         y_TO[place] = (y_TO[place].float() + value_PN).to(y_TO.dtype)
