@@ -144,8 +144,7 @@ class Catalogue:
             state = read_state(self._store.root)
             for name in self._store.names():
                 wanted = state.of(name)
-                served = [number for number in self._store.versions(name) if number not in wanted.removed]
-                if served:
+                if served := wanted.served(self._store.versions(name)):
                     versions = tuple(self._entry(name, number, known) for number in served)
                     entries[name] = AbilityEntry(name, versions, wanted)
             self._known = known

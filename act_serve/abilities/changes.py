@@ -14,10 +14,10 @@ from act_serve.abilities.desired_state import (
     DesiredState,
     locked,
     read_state,
-    sync_folder,
     write_state,
 )
 from act_serve.abilities.store import Store
+from act_serve.delta.durable import sync_folder
 from act_serve.delta.manifest import Manifest
 from act_serve.errors import ExistsError, RequestError, StoreError, UnknownAbilityError
 
@@ -171,8 +171,7 @@ def _replace(store: Store, state: DesiredState, name: str, **changes: object) ->
 
 
 def _served(store: Store, state: DesiredState, name: str) -> list[int]:
-    removed = state.of(name).removed
-    return [version for version in store.versions(name) if version not in removed]
+    return state.of(name).served(store.versions(name))
 
 
 def _unknown(store: Store, state: DesiredState, name: str, version: int | None = None) -> UnknownAbilityError:

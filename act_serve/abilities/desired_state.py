@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from act_serve.delta.durable import sync_folder
 from act_serve.delta.manifest import Name
 from act_serve.errors import StoreError
 
@@ -37,6 +38,10 @@ class AbilityState(BaseModel):
     active: PositiveInt | None = None
     pinned: bool = False
     removed: dict[PositiveInt, Annotated[float, Field(ge=0)]] = {}
+
+    def served(self, versions: Iterable[int]) -> list[int]:
+        """Those of the store's versions that requests may have."""
+        return [version for version in versions if version not in self.removed]
 
 
 class DesiredState(BaseModel):
@@ -123,12 +128,3 @@ def locked(root: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes what was created or renamed in a folder survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -56,7 +56,7 @@ class Store:
             StoreError: the state cannot be read.
         """
         wanted = read_state(self.root).of(name)
-        served = [version for version in self.versions(name) if version not in wanted.removed]
+        served = wanted.served(self.versions(name))
         if not served:
             raise UnknownAbilityError(f"there is no ability '{name}' in the store", param="abilities")
         return wanted.active or served[-1]

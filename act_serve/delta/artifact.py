@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from act_serve.delta.durable import sync_folder
 from act_serve.delta.manifest import (
     MANIFEST_FILE,
     TENSORS_FILE,
@@ -132,7 +133,7 @@ def write_artifact(folder: Path, manifest: Manifest, tensors: bytes, files: Mapp
         _write_durably(staged / MANIFEST_FILE, dump_manifest(manifest).encode())
         staged.chmod(0o755)
         staged.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     except OSError as exc:
         if staged is not None:
             shutil.rmtree(staged, ignore_errors=True)
@@ -239,11 +240,3 @@ def _write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,11 +8,9 @@ import hmac
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from starlette.requests import Request
 
 from act_serve.errors import AuthenticationError, PermissionDeniedError, ProfileError, RateLimitError
 from act_serve.server.keys_file import KeyRecord, Role, read_keys_file
@@ -176,15 +174,6 @@ class Keys:
         if former is not None and (former.per_minute, former.burst) == (per_minute, burst):
             return former  # reading the file again gives nobody a new allowance
         return TokenBucket(per_minute, burst, self._clock)
-
-
-def require_role(keys: Keys, role: Role | None) -> Callable[[Request], Awaitable[Key]]:
-    """A FastAPI dependency for routes that need ``role``; raises as :meth:`Keys.check` does."""
-
-    async def caller(request: Request) -> Key:
-        return keys.check(request.headers, role)
-
-    return caller
 
 
 def _with_role(key: Key, role: Role | None) -> Key:
