@@ -13,14 +13,13 @@ import torch
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 
-from act_serve.models.examples import encode
 from act_serve.models.families import ChannelModule, channel_modules
 from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.models.row_reader import open_rows
 from act_serve.pipeline.evaluate import Question, evaluate
-from act_serve.pipeline.finetune import Lessons
+from act_serve.pipeline.finetune import Lessons, make_course
 from act_serve.pipeline.measured import Measured
-from act_serve.pipeline.row_lesson import Course, RowLesson
+from act_serve.pipeline.row_lesson import RowLesson
 from act_serve.pipeline.row_trainer import RowTrainer, training_arguments
 from act_serve.pipeline.training import Report, Schedule
 from act_serve.profile.schema import FineTune
@@ -73,14 +72,7 @@ def train_peer(
     tuned = _Adapter(adapted)
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(Path(folder), settings, seed, checkpoints=False)
-        course = Course(
-            [encode(tokenizer, example) for example in lessons.ability],
-            [encode(tokenizer, example) for example in lessons.retained] if settings.retention else [],
-            settings=settings,
-            pad_id=tokenizer.pad_token_id or 0,
-            seed=seed,
-            batches=settings.steps * settings.gradient_accumulation * arguments.world_size,
-        )
+        course = make_course(tokenizer, lessons, settings, seed, processes=arguments.world_size)
         lesson = RowLesson(model, teacher, tuned, settings)  # type: ignore[arg-type]
         RowTrainer(lesson, course, arguments, Schedule(settings.steps, settings.learning_rate)).run(report)
     parameters = sum(each.numel() for each in tuned.parameters())

@@ -75,18 +75,18 @@ class AbilityManager:
         """The checkpoint modules that deltas may change, with their whole shapes."""
         return {part.module: part.shape for plan in self.plans for part in plan.parts}
 
-    def start_loading(self, keys: Iterable[AbilityKey]) -> None:
+    def prepare(self, keys: Iterable[AbilityKey]) -> bool:
         """Reads, checks and converts abilities in a thread, while steps go on; :meth:`add_adapter` makes them visible.
 
-        What was begun earlier and never taken is dropped, so that requests that gave up hold no memory.
+        What was begun for others and never taken is dropped, so that requests that gave up hold no memory.
+
+        Returns:
+            whether that is done, or has failed, for all of them; ask again until it is.
         """
         wanted = [key for key in keys if key not in self._residents]
         started = {key: self._loading.get(key) for key in wanted}
         self._loading = {key: future or self._loader.submit(self._prepare, key) for key, future in started.items()}
-
-    def loading(self, keys: Iterable[AbilityKey]) -> bool:
-        """Whether one of these abilities is still being read."""
-        return any(key in self._loading and not self._loading[key].done() for key in keys)
+        return all(future.done() for future in self._loading.values())
 
     def evict(self, key: AbilityKey) -> None:
         """Forgets an ability and every composition with it; nothing in flight may use it."""

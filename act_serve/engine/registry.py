@@ -107,8 +107,7 @@ class CompositionRegistry:
         """The workers read in a thread of theirs, so that requests in flight get their tokens meanwhile."""
         keys = [astuple(key) for key in known.sizes]
         try:
-            await self._client.collective_rpc("start_loading", args=(keys,))
-            while any(await self._client.collective_rpc("loading", args=(keys,))):
+            while not all(await self._client.collective_rpc("prepare_abilities", args=(keys,))):
                 await asyncio.sleep(_POLL_S)
             await self._client.add_lora(known.request)
         except Exception as exc:  # vLLM raises a bare Exception with the worker's text

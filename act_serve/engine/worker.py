@@ -70,13 +70,9 @@ class AbilityWorker(_Worker):
             for part in plan.parts
         }
 
-    def start_loading(self, keys: list[tuple[str, int, str]]) -> None:
-        """Begins to load abilities in a thread; each is name, version, digest."""
-        self.ability_manager.start_loading(AbilityKey(*key) for key in keys)
-
-    def loading(self, keys: list[tuple[str, int, str]]) -> bool:
-        """Whether one of these abilities is still being read."""
-        return self.ability_manager.loading(AbilityKey(*key) for key in keys)
+    def prepare_abilities(self, keys: list[tuple[str, int, str]]) -> bool:
+        """Reads abilities in a thread; each is name, version, digest. Whether all are ready to be made resident."""
+        return self.ability_manager.prepare(AbilityKey(*key) for key in keys)
 
     def evict_ability(self, name: str, version: int, digest: str) -> None:
         """Takes an ability out of memory, whatever named it."""

@@ -60,21 +60,18 @@ class NativeRows:
             if not len(ability.rows_N):
                 continue
             x_PI = x_TI[use.run] if use.run else x_TI.index_select(0, torch.from_numpy(use.tokens_P))
-            value_PN = self._products(ability.delta_NI, x_PI)
-            if ability.bias_N is not None:
-                value_PN += ability.bias_N
+            value_PN = ability.products(x_PI, out=self._memory(len(x_PI), len(ability.rows_N)))
             self._scatter(
                 ability.rows_N.data_ptr(), len(ability.rows_N),
                 use.tokens_P.ctypes.data, use.weight_P.ctypes.data, len(use.tokens_P),
                 value_PN.data_ptr(), y_TO.data_ptr(), y_TO.stride(0),
             )  # fmt: skip
 
-    def _products(self, delta_NI: torch.Tensor, x_PI: torch.Tensor) -> torch.Tensor:
-        """``x · delta``, ``[P, N]``, in memory that the next call uses again."""
-        size = len(x_PI) * len(delta_NI)
-        if self._scratch.numel() < size:
-            self._scratch = torch.empty(size, dtype=self.dtype)
-        return torch.mm(x_PI, delta_NI.t(), out=self._scratch[:size].view(len(x_PI), len(delta_NI)))
+    def _memory(self, tokens: int, rows: int) -> torch.Tensor:
+        """``[P, N]``, whose content the next call may overwrite."""
+        if self._scratch.numel() < tokens * rows:
+            self._scratch = torch.empty(tokens * rows, dtype=self.dtype)
+        return self._scratch[: tokens * rows].view(tokens, rows)
 
 
 def compile_native(folder: Path) -> Path:

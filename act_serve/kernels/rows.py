@@ -35,10 +35,16 @@ class AbilityRows:
         """Bytes of its tensors."""
         return sum(part.nbytes for part in (self.rows_N, self.delta_NI, self.bias_N) if part is not None)
 
-    def products(self, x_PI: torch.Tensor) -> torch.Tensor:
-        """``x · delta + bias``, ``[P, N]``: accumulated in fp32, rounded once to the dtype of ``x_PI``."""
+    def products(self, x_PI: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``x · delta + bias``, ``[P, N]``: accumulated in fp32, rounded once to the dtype of ``x_PI``.
+
+        Args:
+            out: ``[P, N]`` memory to put them in.
+        """
         delta_IN = self.delta_NI.t()
-        return torch.mm(x_PI, delta_IN) if self.bias_N is None else torch.addmm(self.bias_N, x_PI, delta_IN)
+        if self.bias_N is None:
+            return torch.mm(x_PI, delta_IN, out=out)
+        return torch.addmm(self.bias_N, x_PI, delta_IN, out=out)
 
 
 class ActiveRows:

@@ -19,9 +19,9 @@ from act_serve.models.activations import Seen, recording
 from act_serve.models.examples import Batch
 from act_serve.models.families import layer_and_projection
 from act_serve.models.free_memory import return_freed
+from act_serve.models.loading import computing_dtype
 from act_serve.models.row_reader import open_rows
 
-_DTYPE = torch.bfloat16
 _EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -30,7 +30,7 @@ def watch_layers(
 ) -> Iterator[Seen]:
     """Yields, for every layer and batch, each model's outputs `[N, O]` (or `inputs`, `[N, I]`) at the answer positions.
 
-    `modules` are in the order of the layers. Held: one layer of each checkpoint in bfloat16 and the hidden states
+    `modules` are in the order of the layers. Held: one layer of each checkpoint and the hidden states
     `[B, T, H]` of all batches. Raises ModelError when a checkpoint can't be run.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +64,7 @@ def _embedded(folder: Path, batches: Sequence[Batch], device: str) -> list[Tenso
     """The token embeddings `[B, T, H]` of every batch, from those rows of the table that occur."""
     used = torch.cat([batch.ids_BT.flatten() for batch in batches]).unique()
     with open_rows(folder, [_EMBEDDING]) as reader:
-        rows_NH = reader.rows(_EMBEDDING, used.tolist()).to(_DTYPE)
+        rows_NH = reader.rows(_EMBEDDING, used.tolist()).to(computing_dtype())
     return [rows_NH[torch.searchsorted(used, batch.ids_BT)].to(device) for batch in batches]
 
 
@@ -72,14 +72,14 @@ def _decoder(folder: Path, layer: int) -> Any:
     """The model's decoder with this one layer and nothing else, in evaluation mode."""
     config = _one_layer(AutoConfig.from_pretrained(folder, local_files_only=True), layer)
     with torch.device("meta"):
-        decoder = AutoModel.from_config(config, dtype=_DTYPE, attn_implementation="eager")
+        decoder = AutoModel.from_config(config, dtype=computing_dtype(), attn_implementation="eager")
     # A buffer that is computed, not read: it needs a real device.
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config)
     decoder.embed_tokens, decoder.norm = nn.Identity(), nn.Identity()
     block = decoder.layers[0]
     named = {name: f"model.layers.{layer}.{name}" for name in block.state_dict()}
     with open_rows(folder, list(named.values())) as reader:
-        weights = {name: reader.tensor(tensor).to(_DTYPE) for name, tensor in named.items()}
+        weights = {name: reader.tensor(tensor).to(computing_dtype()) for name, tensor in named.items()}
     try:
         block.load_state_dict(weights, assign=True)
     except RuntimeError as exc:

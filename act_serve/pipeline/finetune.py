@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,15 +55,7 @@ def finetune(
         tuned, others = RowDeltas(deltas), [RowDeltas(other) for other in company]
         for other in others:
             other.freeze()
-        course = Course(
-            [encode(tokenizer, example) for example in lessons.ability],
-            [encode(tokenizer, example) for example in lessons.retained] if settings.retention else [],
-            settings=settings,
-            pad_id=tokenizer.pad_token_id or 0,
-            seed=seed,
-            batches=settings.steps * settings.gradient_accumulation * arguments.world_size,
-            turns=1 + len(others),
-        )
+        course = make_course(tokenizer, lessons, settings, seed, processes=arguments.world_size, turns=1 + len(others))
         schedule = Schedule(settings.steps, settings.learning_rate)
         lesson = RowLesson(model, teacher, tuned, settings, others)
         with ExitStack() as stack:
@@ -70,6 +63,21 @@ def finetune(
                 stack.enter_context(rows.attached(model))
             RowTrainer(lesson, course, arguments, schedule).run(report)
     return tuned.export()
+
+
+def make_course(
+    tokenizer: Any, lessons: Lessons, settings: FineTune, seed: int, *, processes: int, turns: int = 1
+) -> Course:
+    """The batches of a run of `settings.steps` steps, for so many training processes together."""
+    return Course(
+        [encode(tokenizer, example) for example in lessons.ability],
+        [encode(tokenizer, example) for example in lessons.retained] if settings.retention else [],
+        settings=settings,
+        pad_id=tokenizer.pad_token_id or 0,
+        seed=seed,
+        batches=settings.steps * settings.gradient_accumulation * processes,
+        turns=turns,
+    )
 
 
 def _needed(source: Path | None) -> Path:

@@ -5,6 +5,7 @@ from math import prod
 from pathlib import Path
 
 from act_serve.models.free_memory import free_bytes
+from act_serve.models.loading import computing_dtype
 from act_serve.models.row_reader import open_rows
 from act_serve.pipeline.rankings.catalogue import RANKINGS
 from act_serve.profile.schema import Memory, Ranking
@@ -39,9 +40,9 @@ def memory_use(ranking: Ranking, memory: Memory, base: Path) -> MemoryUse:
 
 
 def model_bytes(folder: Path) -> int:
-    """Bytes of all weights in bfloat16, from the headers of the checkpoint."""
+    """Bytes of all weights in the dtype that they are computed in, from the headers of the checkpoint."""
     with open_rows(folder) as reader:
-        return 2 * sum(prod(reader.shape(name)) for name in reader.names())
+        return computing_dtype().itemsize * sum(prod(reader.shape(name)) for name in reader.names())
 
 
 def _gib(count: float) -> str:

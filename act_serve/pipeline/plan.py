@@ -10,15 +10,15 @@ from act_serve.models.answering import answer_logits
 from act_serve.models.examples import Example, collate, encode
 from act_serve.models.families import channel_modules, layer_and_projection
 from act_serve.models.layerwise import watch_layers
-from act_serve.models.loading import load_model, load_tokenizer
+from act_serve.models.loading import computing_dtype, load_model, load_tokenizer
 from act_serve.pipeline.memory_use import MemoryUse, memory_use, model_bytes
 from act_serve.pipeline.rankings.catalogue import RANKINGS
 from act_serve.profile.schema import Localize, Profile
 
 # A training step costs about this many forward passes over the same tokens, measured on one CPU core.
 DENSE_STEP, ROWS_STEP, RETENTION_STEP = 3.6, 3.0, 4.0
-# Bytes per linear parameter while it is trained densely: bf16 weight and gradient, float32 master, gradient, Adam.
-DENSE_BYTES = 2 + 2 + 4 + 4 + 8
+# Bytes per linear parameter while it is trained densely, beside weight and gradient: float32 master, gradient, Adam.
+DENSE_BYTES = 4 + 4 + 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def make_plan(profile: Profile, base: Path, sample: list[Example]) -> Plan:
     if train is not None:
         seconds = DENSE_STEP * seconds_per_item * train.steps * train.batch_size
         stages.append(PlannedStage("source", f"train the ability model densely, {train.steps} steps", seconds))
-        peak = max(peak, whole + linear * DENSE_BYTES)
+        peak = max(peak, whole + linear * (DENSE_BYTES + 2 * computing_dtype().itemsize))
     stages.append(_calibration(profile.localize, use, seconds_per_item))
     search = profile.search
     shares = " or ".join(f"{p:.1%}" for p in (sorted(search.p) if search else (profile.localize.p,)))

@@ -1,7 +1,7 @@
 """Trains an ability model from the base, densely, for when no ready-made one exists.
 
 A small loop rather than transformers' Trainer: float32 masters stand beside bf16 weights, so that the gradients and
-the model take two bytes a parameter each.
+the model take two bytes a parameter each. Where the model computes in float32, the masters are its weights.
 """
 
 import os
@@ -48,7 +48,7 @@ def train_source(
         weight.requires_grad_(True)
     optimise(masters, loss, Schedule(settings.steps, settings.learning_rate), report)
     _copy(masters, weights)
-    _save(model, tokenizer, folder)
+    _save(model.to(torch.bfloat16), tokenizer, folder)
     return folder
 
 

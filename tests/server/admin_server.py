@@ -22,7 +22,7 @@ from act_serve.server.app import build_app
 from act_serve.server.config import ServerSettings
 from act_serve.server.upstream import FixedUpstream, Replica
 from tests.abilities_for_tests import publish_random
-from tests.server.fake_engine import FakeEngine, fake_engine, serving
+from tests.server.fake_engine import FakeEngine, serving
 
 CHAT = "/v1/chat/completions"
 ADMIN = {"authorization": "Bearer the admin"}
@@ -64,12 +64,6 @@ class Server:
     def left(self) -> list[str]:
         there = os.listdir(self.root) if self.root.exists() else []
         return sorted(name for name in there if name not in (STATE_FILE, ".state.lock"))
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[FakeEngine]:
-    with fake_engine() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

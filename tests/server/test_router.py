@@ -22,15 +22,9 @@ from act_serve.server.app import build_app
 from act_serve.server.config import ServerSettings
 from act_serve.server.upstream import FixedUpstream, Replica
 from tests.abilities.manifests import WORD_PROBLEMS, publish
-from tests.server.fake_engine import FakeEngine, fake_engine, serving
+from tests.server.fake_engine import FakeEngine, serving
 
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[FakeEngine]:
-    with fake_engine() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

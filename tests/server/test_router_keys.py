@@ -18,7 +18,7 @@ from act_serve.server.app import build_app
 from act_serve.server.config import ServerSettings
 from act_serve.server.upstream import FixedUpstream, Replica
 from tests.abilities.manifests import WORD_PROBLEMS, publish
-from tests.server.fake_engine import FakeEngine, fake_engine, serving
+from tests.server.fake_engine import FakeEngine, serving
 
 CHAT = "/v1/chat/completions"
 FRENCH_SUM = "Claire a 30 euros et achète 2 livres à 7 euros pièce. Combien d'argent lui reste-t-il ?"
@@ -60,12 +60,6 @@ class FakeClock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[FakeEngine]:
-    with fake_engine() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
