@@ -44,7 +44,7 @@ def composition(case: str, request: int) -> str:
     return ""
 
 
-def serve(kind: str, base: Path, work: Path, pipe: Connection) -> None:
+def serve(kind: str, base: Path, work: Path, dtype: str, pipe: Connection) -> None:
     """One engine's process: answers each case's name with its tokens per second."""
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
@@ -53,6 +53,7 @@ def serve(kind: str, base: Path, work: Path, pipe: Connection) -> None:
     from vllm.lora.request import LoRARequest
 
     from act_serve.abilities.store import Store
+    from act_serve.engine.app import served_dtype
     from act_serve.engine.resolver import adapter_request
     from tests.abilities_for_tests import pinned
 
@@ -66,7 +67,13 @@ def serve(kind: str, base: Path, work: Path, pipe: Connection) -> None:
     if kind == "stock_lora":
         options = {"enable_lora": True, "max_loras": 4, "max_cpu_loras": 8, "max_lora_rank": 128}
     llm = LLM(
-        str(base), max_model_len=1024, max_num_seqs=REQUESTS, enforce_eager=True, enable_prefix_caching=False, **options
+        str(base),
+        max_model_len=1024,
+        max_num_seqs=REQUESTS,
+        dtype=served_dtype(dtype),
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        **options,
     )
     ids: dict[str, int] = {}
 
@@ -126,13 +133,13 @@ def limits(base: Path, sizes: dict[str, int]) -> dict[str, float]:
 class Engines:
     """The three engines, each in a process of its own; a context that stops them at its end."""
 
-    def __init__(self, base: Path, work: Path) -> None:
+    def __init__(self, base: Path, work: Path, dtype: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes: dict[str, Connection] = {}
         self._processes = []
         for kind in ("base", "abilities", "stock_lora"):
             self._pipes[kind], theirs = context.Pipe()
-            self._processes.append(context.Process(target=serve, args=(kind, base, work, theirs)))
+            self._processes.append(context.Process(target=serve, args=(kind, base, work, dtype, theirs)))
             self._processes[-1].start()
             theirs.close()
             print(f"starting the {kind} engine ...", file=sys.stderr, flush=True)
@@ -192,6 +199,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true", help="exit 1 where a ratio is far below its floor")
+    parser.add_argument("--dtype", default="auto", help="of all sides; auto as the server's")
     parser.add_argument("--base", type=Path, help="checkpoint folder; default: the embedded model")
     options = parser.parse_args()
 
@@ -202,7 +210,7 @@ def main() -> None:
     results: dict[str, list[float]] = {case: [] for case in CASES}
     try:
         limit = limits(base, prepare(base, work))
-        with Engines(base, work) as engines:
+        with Engines(base, work, options.dtype) as engines:
             measure(engines, {case: [] for case in CASES}, 1)  # warms up
             measure(engines, results, options.rounds)
             if options.check and (low := below_floor(summarize(results, limit))):

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -27,6 +28,7 @@ from act_serve.engine.registry import CompositionRegistry
 from act_serve.engine.settings import MODEL_HEADER, WORKER_CLS, EngineSettings
 from act_serve.engine.worker import checkpoint_folder
 from act_serve.errors import ActServeError, EngineError
+from act_serve.models.loading import computing_dtype
 
 
 @asynccontextmanager
@@ -48,12 +50,17 @@ async def engine_app(settings: EngineSettings) -> AsyncIterator[FastAPI]:
         yield app
 
 
+def served_dtype(wanted: str) -> str:
+    """The dtype that vLLM is asked for: ``auto`` must not mean bfloat16 where the CPU has to emulate it."""
+    return "float32" if wanted == "auto" and computing_dtype() is torch.float32 else wanted
+
+
 def command_line(settings: EngineSettings) -> list[str]:
     """The engine's settings as ``vllm serve`` would take them."""
     store = str(settings.store.absolute())
     options: dict[str, Any] = {
         "served_model_name": settings.served_model_name,
-        "dtype": settings.dtype,
+        "dtype": served_dtype(settings.dtype),
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "enforce_eager": settings.enforce_eager,

@@ -24,7 +24,8 @@ class EngineSettings:
         model: folder of the base checkpoint.
         served_model_name: the name that clients use.
         store: root folder of the ability store.
-        dtype: of weights and activations, as vLLM spells it.
+        dtype: of weights and activations, as vLLM spells it; auto is the checkpoint's, but float32 on a CPU without
+            bfloat16 instructions.
         max_model_len: tokens of prompt and answer together.
         max_num_seqs: requests in one batch; compositions cost nothing, so each may have its own.
         enforce_eager: skip torch.compile, which makes the start about a minute shorter.
@@ -36,7 +37,7 @@ class EngineSettings:
     model: str
     served_model_name: str
     store: Path
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     max_model_len: int = 2048
     max_num_seqs: int = 16
     enforce_eager: bool = True

@@ -118,7 +118,7 @@ class ServerSettings(BaseModel):
     engine_host: str | None = None
     engine_cpus: Annotated[float, Field(ge=0)] = 1.0
     engine_gpus: Annotated[float, Field(ge=0)] = 0.0
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: PositiveInt = 2048
     max_num_seqs: PositiveInt = 16
     enforce_eager: bool = True
