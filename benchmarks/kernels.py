@@ -18,7 +18,7 @@ import torch
 from act_serve.kernels.native import NativeRows, compile_native
 from act_serve.kernels.rows import AbilityRows, ActiveRows, TokenWeights
 from act_serve.kernels.torch_impl import add_rows_torch
-from act_serve.models.loading import cache_home
+from act_serve.models.loading import cache_home, computing_dtype
 
 LAYERS = {"qkv": (576, 960), "o": (576, 576), "gate_up": (576, 3072), "down": (1536, 576)}  # I, O
 CALLS, ROUNDS = 20, 40
@@ -36,27 +36,30 @@ def best_us(call: Callable[[], None]) -> float:
     return min(rounds) * 1e6
 
 
-def random_rows(abilities: int, in_features: int, out_features: int) -> ActiveRows:
+def random_rows(abilities: int, in_features: int, out_features: int, dtype: torch.dtype) -> ActiveRows:
     """Abilities of 5 % of a layer's rows."""
     count = out_features // 20
     rows = [torch.randperm(out_features)[:count].sort().values.int() for _ in range(abilities)]
-    return ActiveRows([AbilityRows(each, torch.randn(count, in_features).bfloat16()) for each in rows])
+    return ActiveRows([AbilityRows(each, torch.randn(count, in_features).to(dtype)) for each in rows])
 
 
 def main() -> None:
     """Measures, prints a table, and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what this machine computes in")
     options = parser.parse_args()
-    native = NativeRows(compile_native(cache_home() / "kernels"), torch.bfloat16)
+    dtype = getattr(torch, options.dtype) if options.dtype else computing_dtype()
+    native = NativeRows(compile_native(cache_home() / "kernels"), dtype)
     cases = {}
     for layer, (in_features, out_features) in LAYERS.items():
         for tokens in (1, 16, 512):
             for abilities in (1, 4):
                 name = f"{layer}_{tokens}_tokens_{abilities}_abilities"
-                active, x_TI = random_rows(abilities, in_features, out_features), torch.randn(tokens, in_features)
-                x_TI, y_TO = x_TI.bfloat16(), torch.randn(tokens, out_features).bfloat16()
-                weight_TO = torch.randn(out_features, in_features).bfloat16()
+                active = random_rows(abilities, in_features, out_features, dtype)
+                x_TI = torch.randn(tokens, in_features).to(dtype)
+                y_TO = torch.randn(tokens, out_features).to(dtype)
+                weight_TO = torch.randn(out_features, in_features).to(dtype)
                 owner_T = torch.arange(tokens) * abilities // tokens
                 weights = TokenWeights(torch.nn.functional.one_hot(owner_T, abilities).float().numpy())
                 base = best_us(lambda: torch.mm(x_TI, weight_TO.t()))  # noqa: B023

@@ -42,9 +42,15 @@ void store(bf16* place, float value) {  // to nearest, ties to even, as torch do
   place->bits = value == value ? static_cast<uint16_t>((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16) : 0x7FC0;
 }
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+// As many lanes as the machine's registers have: wider vectors would be split through memory.
+#ifdef __AVX512F__
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 
 // A step of a dot product over `width` elements.
 template <class T>
@@ -52,11 +58,16 @@ struct Step;
 
 template <>
 struct Step<float> {
-  static constexpr int width = 16;
+  static constexpr int width = kLanes;
   using Operand = Floats;
-  static Operand load(const float* from, int64_t n) {
+  static Operand load(const float* from) {
+    Operand lanes;
+    std::memcpy(&lanes, from, sizeof lanes);
+    return lanes;
+  }
+  static Operand load_some(const float* from, int64_t n) {
     Operand lanes = {};
-    std::memcpy(&lanes, from, n < width ? n * sizeof(float) : sizeof lanes);
+    std::memcpy(&lanes, from, n * sizeof(float));
     return lanes;
   }
   static Floats add(Floats sum, Operand a, Operand b) { return sum + a * b; }
@@ -67,19 +78,23 @@ struct Step<bf16> {
 #ifdef __AVX512BF16__
   static constexpr int width = 32;
   using Operand = __m512i;
-  static Operand load(const bf16* from, int64_t n) {
-    return n < width ? _mm512_maskz_loadu_epi16((1u << n) - 1, from) : _mm512_loadu_si512(from);
-  }
+  static Operand load(const bf16* from) { return _mm512_loadu_si512(from); }
+  static Operand load_some(const bf16* from, int64_t n) { return _mm512_maskz_loadu_epi16((1u << n) - 1, from); }
   static Floats add(Floats sum, Operand a, Operand b) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 #else
-  static constexpr int width = 16;
+  static constexpr int width = kLanes;
   using Operand = Floats;
-  static Operand load(const bf16* from, int64_t n) {
-    Halves halves = {};
-    std::memcpy(&halves, from, n < width ? n * sizeof(bf16) : sizeof halves);
+  static Operand load(const bf16* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
     return (Floats)(__builtin_convertvector(halves, Words) << 16);
+  }
+  static Operand load_some(const bf16* from, int64_t n) {
+    bf16 padded[width] = {};
+    std::memcpy(padded, from, n * sizeof(bf16));
+    return load(padded);
   }
   static Floats add(Floats sum, Operand a, Operand b) { return sum + a * b; }
 #endif
@@ -89,18 +104,21 @@ struct Step<bf16> {
 template <class T, int R, int C>
 void dots(const T* delta, int64_t size, const T* const* x, float out[R][C]) {
   Floats sums[R][C] = {};
-  for (int64_t i = 0; i < size; i += Step<T>::width) {
+  auto step = [&](auto load, int64_t i) {
     typename Step<T>::Operand row[R];
-    for (int r = 0; r < R; r++) row[r] = Step<T>::load(delta + r * size + i, size - i);
+    for (int r = 0; r < R; r++) row[r] = load(delta + r * size + i);
     for (int c = 0; c < C; c++) {
-      auto token = Step<T>::load(x[c] + i, size - i);
+      auto token = load(x[c] + i);
       for (int r = 0; r < R; r++) sums[r][c] = Step<T>::add(sums[r][c], row[r], token);
     }
-  }
+  };
+  int64_t i = 0, rest = size % Step<T>::width;
+  for (; i < size - rest; i += Step<T>::width) step([](const T* from) { return Step<T>::load(from); }, i);
+  if (rest) step([&](const T* from) { return Step<T>::load_some(from, rest); }, i);
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) {
       float total = 0;
-      for (int lane = 0; lane < 16; lane++) total += sums[r][c][lane];
+      for (int lane = 0; lane < kLanes; lane++) total += sums[r][c][lane];
       out[r][c] = total;
     }
 }
