@@ -33,7 +33,7 @@ def list_abilities(
     as_json: JsonOption = False,
 ) -> None:
     """List abilities: active version, kind, languages, size, and whether each is in order."""
-    rows = _of_server(url, key) if url else _of_store(store)
+    rows = abilities_of_server(url, key) if url else _of_store(store)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif not rows:
@@ -49,7 +49,12 @@ def _of_store(store: Path) -> list[dict[str, Any]]:
     return [summary(entry) for entry in Catalogue(Store(store)).refresh().entries.values()]
 
 
-def _of_server(url: str, key: str | None) -> list[dict[str, Any]]:
+def abilities_of_server(url: str, key: str | None) -> list[dict[str, Any]]:
+    """What ``GET /v1/abilities`` lists.
+
+    Raises:
+        StoreError: nothing answers there, or something that is not act-serve, or it wants another key.
+    """
     from act_serve.errors import StoreError
 
     try:

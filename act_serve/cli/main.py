@@ -19,6 +19,7 @@ from act_serve.cli.inspect import inspect
 from act_serve.cli.key import key
 from act_serve.cli.merge import merge
 from act_serve.cli.serve import serve
+from act_serve.cli.top import top
 from act_serve.errors import ActServeError, MissingExtraError
 
 # What each extra of the package brings, for the message when it is missing.
@@ -62,6 +63,7 @@ app.command("export")(export)
 app.command("merge")(merge)
 app.command("import")(import_ability)
 app.command("inspect")(inspect)
+app.command("top")(top)
 ability.command("add")(add_ability)
 ability.command("remove")(remove_ability)
 ability.command("activate")(activate_ability)

@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from act_serve.delta.composition import Composition
 from act_serve.engine.settings import DEFAULT_RESIDENT_BYTES
@@ -85,9 +94,16 @@ class ServerSettings(BaseModel):
         max_ability_bytes: the most that an added ability may have, packed and unpacked.
         drain_s: how long the files of a removed version stay, for the requests that began with it.
         engine_replicas, router_replicas: processes of each kind.
+        engine_max_replicas: Ray Serve adds engines up to this number by load, and takes them away again down to
+            engine_replicas; None keeps the number as it is.
+        target_ongoing_requests: requests that each engine should be working on, on average, where their number follows
+            the load; None is max_num_seqs, one full batch.
+        upscale_delay_s, downscale_delay_s: how long the load must ask for another number of engines.
+        engine_stop_s: how long an engine that is taken away may finish what it has begun.
         engine_host: interface of the engines' HTTP servers, which only routers may call; by default the address by
             which Ray knows the node.
         engine_cpus, engine_gpus: what Ray sets aside for one engine replica.
+        router_cpus: the same for a router; more than 0 keeps routers off a head node that has no CPUs to give.
         dtype, max_model_len, max_num_seqs, enforce_eager, kv_cache_gib: as in
             :class:`act_serve.engine.settings.EngineSettings`.
         tool_call_parser: vLLM's name of how the model writes tool calls (SmolLM2, Qwen: hermes); None or empty:
@@ -114,7 +130,13 @@ class ServerSettings(BaseModel):
     max_ability_bytes: PositiveInt = 2_000_000_000
     drain_s: PositiveFloat = 60.0
     engine_replicas: PositiveInt = 1
+    engine_max_replicas: PositiveInt | None = None
+    target_ongoing_requests: PositiveFloat | None = None
+    upscale_delay_s: PositiveFloat = 30.0
+    downscale_delay_s: PositiveFloat = 600.0
+    engine_stop_s: PositiveFloat = 20.0
     router_replicas: PositiveInt = 1
+    router_cpus: Annotated[float, Field(ge=0)] = 0.0
     engine_host: str | None = None
     engine_cpus: Annotated[float, Field(ge=0)] = 1.0
     engine_gpus: Annotated[float, Field(ge=0)] = 0.0
@@ -126,6 +148,21 @@ class ServerSettings(BaseModel):
     max_resident_bytes: PositiveInt = DEFAULT_RESIDENT_BYTES
     tool_call_parser: str | None = "hermes"
     engine_args: Annotated[dict[str, Any], BeforeValidator(_from_json)] = {}
+
+    @model_validator(mode="after")
+    def _scales(self) -> Self:
+        if self.engine_max_replicas is not None and self.engine_max_replicas < self.engine_replicas:
+            raise ValueError(
+                f"engine_max_replicas={self.engine_max_replicas} is less than engine_replicas={self.engine_replicas}, "
+                "the number to begin with; give at least as many"
+            )
+        target = self.target_ongoing_requests
+        if target is not None and target > self.max_ongoing_requests:
+            raise ValueError(
+                f"target_ongoing_requests={target:g} is never reached, because an engine takes "
+                f"max_ongoing_requests={self.max_ongoing_requests} at most; give fewer"
+            )
+        return self
 
 
 def read_settings(args: Mapping[str, Any]) -> ServerSettings:
@@ -140,4 +177,5 @@ def read_settings(args: Mapping[str, Any]) -> ServerSettings:
         first = exc.errors()[0]
         where = ".".join(map(str, first["loc"]))
         known = f"; known settings: {', '.join(ServerSettings.model_fields)}" if first["type"] == _UNKNOWN else ""
-        raise ProfileError(f"server setting '{where}': {first['msg'].removeprefix('Value error, ')}{known}") from exc
+        subject = f"server setting '{where}'" if where else "server settings"
+        raise ProfileError(f"{subject}: {first['msg'].removeprefix('Value error, ')}{known}") from exc

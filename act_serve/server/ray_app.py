@@ -44,7 +44,8 @@ def app(args: dict[str, Any]) -> Application:
 def _engine_options(settings: ServerSettings) -> dict[str, Any]:
     resources = {"num_cpus": settings.engine_cpus, "num_gpus": settings.engine_gpus}
     return {
-        "num_replicas": settings.engine_replicas,
+        **_number_of_engines(settings),
+        "graceful_shutdown_timeout_s": settings.engine_stop_s,
         "max_ongoing_requests": settings.max_ongoing_requests,
         "max_queued_requests": settings.max_queued_requests,
         "health_check_period_s": _HEALTH_PERIOD_S,
@@ -53,11 +54,27 @@ def _engine_options(settings: ServerSettings) -> dict[str, Any]:
     }
 
 
+def _number_of_engines(settings: ServerSettings) -> dict[str, Any]:
+    """Fixed, or as Ray Serve's autoscaling keeps it: https://docs.ray.io/en/latest/serve/autoscaling-guide.html"""
+    if settings.engine_max_replicas is None:
+        return {"num_replicas": settings.engine_replicas}
+    scaling = {
+        "min_replicas": settings.engine_replicas,
+        "max_replicas": settings.engine_max_replicas,
+        "target_ongoing_requests": min(
+            settings.target_ongoing_requests or settings.max_num_seqs, settings.max_ongoing_requests
+        ),
+        "upscale_delay_s": settings.upscale_delay_s,
+        "downscale_delay_s": settings.downscale_delay_s,
+    }
+    return {"autoscaling_config": scaling}
+
+
 def _router_options(settings: ServerSettings) -> dict[str, Any]:
     return {
         "num_replicas": settings.router_replicas,
         "max_ongoing_requests": _ROUTER_ONGOING,
         "health_check_period_s": _HEALTH_PERIOD_S,
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,
-        "ray_actor_options": {"num_cpus": 0},
+        "ray_actor_options": {"num_cpus": settings.router_cpus},
     }

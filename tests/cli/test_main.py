@@ -39,6 +39,7 @@ def test_the_commands() -> None:
         "merge",
         "import",
         "inspect",
+        "top",
         "ability",
         "key",
     }
@@ -55,6 +56,7 @@ def test_the_commands() -> None:
         ["merge"],
         ["import"],
         ["inspect"],
+        ["top"],
         ["ability"],
         ["ability", "list"],
         ["key", "new"],

@@ -1,0 +1,62 @@
+"""The number of engines follows the load where the settings say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.serve.config import AutoscalingConfig
+
+from act_serve.errors import ProfileError
+from act_serve.server.config import read_settings
+from act_serve.server.ray_app import app
+
+
+def engine_of(tiny_llama: Path, **args: Any) -> Any:
+    """The Engine deployment that the application is built with."""
+    router = app({"model": str(tiny_llama), **args})._bound_deployment
+    return router.init_args[0]._bound_deployment
+
+
+def scaling(deployment: Any) -> AutoscalingConfig | None:
+    found: AutoscalingConfig | None = deployment._deployment_config.autoscaling_config
+    return found
+
+
+def test_by_default_the_number_is_fixed(tiny_llama: Path) -> None:
+    engine = engine_of(tiny_llama, engine_replicas=2)
+    assert (engine.num_replicas, scaling(engine)) == (2, None)
+
+
+def test_a_maximum_lets_it_follow_the_load(tiny_llama: Path) -> None:
+    engine = engine_of(
+        tiny_llama, engine_replicas=2, engine_max_replicas=6, upscale_delay_s=3, downscale_delay_s=60, engine_stop_s=90
+    )
+    made = scaling(engine)
+    assert made is not None
+    assert (made.min_replicas, made.max_replicas, made.target_ongoing_requests) == (2, 6, 16)
+    assert (made.upscale_delay_s, made.downscale_delay_s) == (3, 60)
+    assert engine._deployment_config.graceful_shutdown_timeout_s == 90
+
+
+@pytest.mark.parametrize(
+    ("args", "target"),
+    [({"target_ongoing_requests": 5}, 5), ({"max_num_seqs": 40}, 40), ({"max_ongoing_requests": 4}, 4)],
+)
+def test_the_load_that_an_engine_should_have(tiny_llama: Path, args: dict[str, Any], target: float) -> None:
+    made = scaling(engine_of(tiny_llama, engine_max_replicas=2, **args))
+    assert made is not None
+    assert made.target_ongoing_requests == target
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"engine_replicas": 3, "engine_max_replicas": 2}, "engine_max_replicas=2 is less than engine_replicas=3"),
+        ({"target_ongoing_requests": 65}, "target_ongoing_requests=65 is never reached"),
+    ],
+)
+def test_what_cannot_be_is_refused(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
+        read_settings(args)
