@@ -189,7 +189,7 @@ def _zip_members(archive: IO[bytes]) -> Iterator[_Member]:
 
 
 def _tar_members(archive: IO[bytes]) -> Iterator[_Member]:
-    with gzip.GzipFile(fileobj=archive) as plain:
+    with gzip.GzipFile(fileobj=archive, mode="rb") as plain:  # a form's file is open for writing, too
         metered = _Metered(cast(IO[bytes], plain), _HEADER_BYTES)
         with tarfile.open(fileobj=cast(Any, metered), mode="r:") as opened:
             for info in opened:

@@ -37,6 +37,9 @@ from act_serve.delta.manifest import (
 from act_serve.delta.stored_form import dequantise, quantise, rounded
 from act_serve.errors import ArtifactDamagedError, StoreError
 
+# Torch has no arithmetic for its narrower floating types.
+_FLOATING = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleDelta:
@@ -223,9 +226,9 @@ def _problem(module: ModuleDelta, entry: ModuleEntry) -> str | None:
     rows, delta, bias = module.rows, module.delta, module.bias_delta
     if rows.dtype != torch.int32 or rows.shape != (entry.rows,):
         return f"rows are {rows.dtype} {tuple(rows.shape)}, not int32 ({entry.rows},)"
-    if not delta.is_floating_point() or delta.shape != (entry.rows, entry.in_features):
+    if delta.dtype not in _FLOATING or delta.shape != (entry.rows, entry.in_features):
         return f"delta is {delta.dtype} {tuple(delta.shape)}, not floating ({entry.rows}, {entry.in_features})"
-    if bias is not None and (not bias.is_floating_point() or bias.shape != (entry.rows,)):
+    if bias is not None and (bias.dtype not in _FLOATING or bias.shape != (entry.rows,)):
         return f"bias_delta is {bias.dtype} {tuple(bias.shape)}, not floating ({entry.rows},)"
     if rows[0] < 0 or rows[-1] >= entry.out_features or bool((rows[1:] <= rows[:-1]).any()):
         return f"rows are not ascending, unique and in [0, {entry.out_features})"

@@ -20,6 +20,7 @@ from act_serve.errors import RequestError
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,63}"
 DIGEST_CHARS = 12
+MAX_VERSION = 999_999_999  # what the grammar above can say
 MAX_WEIGHT = 8.0
 MAX_ABILITIES = 32
 _NAME = re.compile(NAME_PATTERN)

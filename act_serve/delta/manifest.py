@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from act_serve.delta.composition import DIGEST_CHARS, NAME_PATTERN
+from act_serve.delta.composition import DIGEST_CHARS, MAX_VERSION, NAME_PATTERN
 from act_serve.errors import ArtifactDamagedError
 
 MANIFEST_FILE = "ability.json"
@@ -16,6 +16,7 @@ TENSORS_FILE = "channel_delta.safetensors"
 EVALUATION_FILE = "evaluation.json"
 
 Name = Annotated[str, Field(pattern=rf"^{NAME_PATTERN}$")]
+Version = Annotated[int, Field(ge=1, le=MAX_VERSION)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["language", "skill", "other"]
 Stored = Literal["bfloat16", "int8"]
@@ -65,7 +66,7 @@ class Parent(_Strict):
     """One ability that went into a merge; ``density`` is the share of its values that was kept."""
 
     name: Name
-    version: PositiveInt
+    version: Version
     tensors_sha256: Sha256
     weight: float
     density: Annotated[float, Field(gt=0, le=1)]
@@ -106,13 +107,13 @@ class ModuleEntry(_Strict):
 
     Attributes:
         rows: number of changed channels, k.
-        out_features: number of channels of the module.
+        out_features: number of channels of the module; rows are int32.
         in_features: length of one row.
         bias: whether ``<module>.bias_delta`` is stored.
     """
 
     rows: PositiveInt
-    out_features: PositiveInt
+    out_features: Annotated[int, Field(ge=1, le=2**31)]
     in_features: PositiveInt
     bias: bool = False
 
@@ -165,7 +166,7 @@ class Manifest(_Strict):
 
     schema_version: Literal[1] = 1
     name: Name
-    version: PositiveInt
+    version: Version
     kind: Kind
     languages: tuple[str, ...] = ()
     description: str

@@ -25,6 +25,7 @@ from act_serve.server.http_errors import answer_error
 from act_serve.server.inference import Inference
 from act_serve.server.keys import Clock, Keys
 from act_serve.server.metrics import RouterMetrics
+from act_serve.server.openapi import document
 from act_serve.server.skill_watch import SkillWatch
 from act_serve.server.upstream import Upstream
 
@@ -73,4 +74,5 @@ def build_app(
 
     app = FastAPI(title="act-serve", version=__version__, lifespan=lifespan)
     app.add_exception_handler(ActServeError, answer_error)
+    app.openapi = document(app)  # type: ignore[method-assign]
     return app

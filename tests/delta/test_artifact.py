@@ -110,6 +110,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda a: rewrite(a, lambda t: t.update({f"{MODULE}.rows": t[f"{MODULE}.rows"].long()})), "not int32"),
     "other shape": (
         lambda a: rewrite(a, lambda t: t.update({f"{MODULE}.delta": t[f"{MODULE}.delta"][:, 1:].clone()})), "delta is"),
+    "a float without arithmetic": (
+        lambda a: rewrite(a, lambda t: t.update({f"{MODULE}.delta": t[f"{MODULE}.delta"].to(torch.float8_e4m3fn)})),
+        "float8_e4m3fn"),
+    "more channels than a row can name": (
+        lambda a: edit(a, modules={MODULE: {"rows": 1, "out_features": 2**70, "in_features": 1}}), "out_features"),
+    "a version that no composition can name": (lambda a: edit(a, version=10**9), "version"),
     "not a number": (
         lambda a: rewrite(a, lambda t: t[f"{MODULE}.delta"].fill_(float("nan"))), "NaN"),
     "wrong counts": (lambda a: edit(a, counts={"channels": 1}), "counts"),

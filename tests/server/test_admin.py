@@ -14,7 +14,7 @@ from act_serve.abilities.store import Store
 from act_serve.server.app import build_app
 from act_serve.server.config import ServerSettings
 from act_serve.server.upstream import FixedUpstream, Replica
-from tests.server.admin_server import ADMIN, CHAT, Server, zipped
+from tests.server.admin_server import ADMIN, CHAT, Server, tar, zipped
 from tests.server.fake_engine import FakeEngine, serving
 
 
@@ -45,6 +45,9 @@ def test_the_three_ways_to_send_an_archive(server: Server) -> None:
     )
     assert raw.status_code == 409
     assert "publish a new version" in raw.json()["error"]["message"]
+    packed = tar(server.folder("fr", 2))
+    form = server.client.post("/v1/abilities", files={"archive": ("fr.tar.gz", packed)}, headers=ADMIN)
+    assert form.status_code == 201, form.text
     source = server.post("/v1/abilities", {"name": "math", "source": f"file://{server.folder('math', 1)}"})
     assert source.status_code == 201, source.text
     assert server.left() == ["fr", "math"]
