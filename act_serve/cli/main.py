@@ -33,6 +33,7 @@ EXTRAS = {
         "torch",
         "transformers",
     ),
+    "s3": ("s3fs",),
     "serve": (
         "aiohttp",
         "fastapi",

@@ -23,7 +23,7 @@ class EngineSettings:
     Attributes:
         model: folder of the base checkpoint.
         served_model_name: the name that clients use.
-        store: root folder of the ability store.
+        store: folder or URL of the ability store.
         dtype: of weights and activations, as vLLM spells it.
         max_model_len: tokens of prompt and answer together.
         max_num_seqs: requests in one batch; compositions cost nothing, so each may have its own.
@@ -35,7 +35,7 @@ class EngineSettings:
 
     model: str
     served_model_name: str
-    store: Path
+    store: str | Path
     dtype: str = "bfloat16"
     max_model_len: int = 2048
     max_num_seqs: int = 16
