@@ -105,7 +105,10 @@ class Remote:
                 import fsspec
                 from fsspec.core import url_to_fs
 
-                files, root = url_to_fs(self.location.opened, **self.location.options)
+                options: dict[str, Any] = dict(self.location.options)
+                if self.location.protocol in ("s3", "s3a"):  # s3fs tries again itself; botocore would for seconds
+                    options["config_kwargs"] = {"retries": {"max_attempts": 1, "mode": "standard"}}
+                files, root = url_to_fs(self.location.opened, **options)
             except ImportError as exc:
                 if self.location.protocol in ("s3", "s3a"):
                     raise MissingExtraError("s3fs", "s3") from exc

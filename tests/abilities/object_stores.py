@@ -95,9 +95,12 @@ def environment(url: str) -> Iterator[None]:
     """What s3fs reads."""
     former = dict(os.environ)
     os.environ.update(KEYS, AWS_ENDPOINT_URL=url)
+    kind = fsspec.get_filesystem_class("s3")
+    kind.clear_instance_cache()  # an instance keeps the endpoint that it was made with
     try:
         yield
     finally:
+        kind.clear_instance_cache()
         os.environ.clear()
         os.environ.update(former)
 
