@@ -31,8 +31,9 @@ from rich.table import Table
 from act_serve.delta.artifact import ModuleDelta, as_stored, serialize_modules
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.manifest import read_manifest
+from act_serve.home import cache_home
 from act_serve.models.families import channel_modules
-from act_serve.models.loading import cache_home, load_model, resolve_model
+from act_serve.models.loading import load_model, resolve_model
 from act_serve.pipeline.calibrate import score_channels
 from act_serve.pipeline.compose import artifacts_of
 from act_serve.pipeline.datasets.catalogue import load_examples

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from act_serve.models.loading import cache_home
+from act_serve.home import cache_home
 from benchmarks import ability_sections as sections
 from benchmarks.ability_bench import Bench, Figure
 from benchmarks.ability_tables import TABLES

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from act_serve.home import cache_home
 from act_serve.kernels.native import NativeRows, compile_native
 from act_serve.kernels.rows import AbilityRows, ActiveRows, TokenWeights
 from act_serve.kernels.torch_impl import add_rows_torch
-from act_serve.models.loading import cache_home, computing_dtype
+from act_serve.models.loading import computing_dtype
 
 LAYERS = {"qkv": (576, 960), "o": (576, 576), "gate_up": (576, 3072), "down": (1536, 576)}  # I, O
 CALLS, ROUNDS = 20, 40

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from act_serve.abilities.desired_state import AbilityState, read_state
+from act_serve.abilities.desired_state import AbilityState
 from act_serve.abilities.store import Store
 from act_serve.delta.composition import WeightedAbility
 from act_serve.delta.manifest import MANIFEST_FILE, Manifest
@@ -130,6 +130,11 @@ class Catalogue:
         """What the last refresh found."""
         return self._view
 
+    @property
+    def stale_s(self) -> float | None:
+        """For how many seconds the store could not be read, where it lies in an object store; None while it can be."""
+        return self._store.stale_s
+
     def refresh(self) -> CatalogueView:
         """Lists the store and reads the manifests that are new or changed; safe from several threads.
 
@@ -141,7 +146,8 @@ class Catalogue:
         with self._lock:
             known: dict[tuple[str, int], tuple[_Signature | None, VersionEntry]] = {}
             entries: dict[str, AbilityEntry] = {}
-            state = read_state(self._store.root)
+            self._store.refresh()
+            state = self._store.state()
             for name in self._store.names():
                 wanted = state.of(name)
                 if served := wanted.served(self._store.versions(name)):

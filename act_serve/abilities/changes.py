@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from act_serve.abilities.desired_state import (
@@ -69,10 +69,13 @@ def add(store: Store, folder: Path, verify: Callable[[Path], Manifest], *, name:
                 f"ability '{manifest.name}' has a version {manifest.version}"
                 + (" that is being removed; try again in a minute" if removed else "; publish a new version")
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o755)
-        folder.rename(target)
-        sync_folder(target.parent)
+        if store.mirror is not None:
+            store.mirror.publish(folder, manifest.name, manifest.version)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o755)
+            folder.rename(target)
+            sync_folder(target.parent)
         if activate:
             _replace(store, state, manifest.name, active=manifest.version)
     return manifest
@@ -139,7 +142,7 @@ def sweep(store: Store, drain_s: float) -> None:
         StoreError: the disk refuses.
     """
     now = time.time()
-    due = {(name, version) for name, wanted in read_state(store.root).abilities.items()
+    due = {(name, version) for name, wanted in store.state().abilities.items()
            for version, since in wanted.removed.items() if now - since >= drain_s}  # fmt: skip
     if due:
         with _changing(store) as state:
@@ -147,7 +150,9 @@ def sweep(store: Store, drain_s: float) -> None:
                 removed = dict(state.of(name).removed)
                 if removed.pop(version, None) is None:
                     continue  # another process was faster
-                if (folder := store.path(name, version)).exists():
+                if store.mirror is not None:
+                    store.mirror.discard(name, version)
+                elif (folder := store.path(name, version)).exists():
                     folder.rename(store.root / f"{_GONE}{name}-{version}-{time.time_ns()}")
                 state = _replace(store, state, name, removed=removed)
     for left in (*store.root.glob(f"{_GONE}*"), *store.root.glob(f"{_INCOMING}*")):
@@ -158,7 +163,7 @@ def sweep(store: Store, drain_s: float) -> None:
 @contextmanager
 def _changing(store: Store) -> Iterator[DesiredState]:
     try:
-        with locked(store.root):
+        with locked(store.root), nullcontext() if store.mirror is None else store.mirror.changing():
             yield read_state(store.root)
     except OSError as exc:
         raise StoreError(f"the ability store {store.root} cannot be changed: {exc.strerror}") from exc
@@ -166,7 +171,10 @@ def _changing(store: Store) -> Iterator[DesiredState]:
 
 def _replace(store: Store, state: DesiredState, name: str, **changes: object) -> DesiredState:
     state = state.having(name, AbilityState.model_validate({**state.of(name).model_dump(), **changes}))
-    write_state(store.root, state)
+    if store.mirror is not None:
+        store.mirror.write_state(state)
+    else:
+        write_state(store.root, state)
     return state
 
 

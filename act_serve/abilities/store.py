@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from act_serve.abilities.desired_state import read_state
+from act_serve.abilities.desired_state import DesiredState, read_state
+from act_serve.abilities.location import cache_limit, is_url, parse_url
+from act_serve.abilities.mirror import Mirror
+from act_serve.abilities.remote import Remote
 from act_serve.delta.composition import check_name
 from act_serve.delta.manifest import MANIFEST_FILE, Manifest, read_manifest
 from act_serve.errors import ArtifactDamagedError, RequestError, StoreError, UnknownAbilityError
+from act_serve.home import cache_home
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +23,47 @@ class Store:
 
     Attributes:
         root: the folder; it need not exist yet (an empty store).
+        mirror: what keeps the folder like an object store, where the store lies in one; see :func:`open_store`.
     """
 
     root: Path
+    mirror: Mirror | None = None
+
+    @property
+    def stale_s(self) -> float | None:
+        """For how many seconds the object store could not be read; None while it can be, and for a folder."""
+        return None if self.mirror is None else self.mirror.stale_s
+
+    def refresh(self) -> None:
+        """Brings the folder up to date with the object store; where that fails, what is cached stays in service.
+
+        Raises:
+            StoreError: it fails, and nothing is cached.
+        """
+        if self.mirror is not None:
+            self.mirror.refresh()
+
+    def state(self) -> DesiredState:
+        """What is wanted of every ability, at most about a second old.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        self._follow()
+        return read_state(self.root)
+
+    def fetch(self, name: str, version: int) -> Path:
+        """The folder of a published version, its tensors in it; downloads them where they are not here yet.
+
+        Raises:
+            ArtifactDamagedError: the object store holds other tensors than the manifest says.
+            StoreError: they are not here, and the object store cannot be read.
+        """
+        return self.path(name, version) if self.mirror is None else self.mirror.fetch(check_name(name), int(version))
+
+    def _follow(self) -> None:
+        if self.mirror is not None:
+            self.mirror.follow()
 
     def names(self) -> list[str]:
         """Names of the abilities with at least one version, sorted.
@@ -28,10 +71,12 @@ class Store:
         Raises:
             StoreError: the folder cannot be listed.
         """
+        self._follow()
         return [name for name in _listing(self.root) if _is_name(name) and self.versions(name)]
 
     def versions(self, name: str) -> list[int]:
         """Published versions of an ability, ascending; empty when there are none."""
+        self._follow()
         folder = self.root / check_name(name)
         return sorted(int(entry) for entry in _listing(folder)
                       if entry.isascii() and entry.isdecimal() and entry[0] != "0"
@@ -55,7 +100,7 @@ class Store:
             UnknownAbilityError: there is none.
             StoreError: the state cannot be read.
         """
-        wanted = read_state(self.root).of(name)
+        wanted = self.state().of(name)
         served = wanted.served(self.versions(name))
         if not served:
             raise UnknownAbilityError(f"there is no ability '{name}' in the store", param="abilities")
@@ -74,6 +119,8 @@ class Store:
         """
         version = self.active(name) if version is None else version
         folder = self.path(name, version)
+        if self.mirror is not None and not (folder / MANIFEST_FILE).is_file():
+            self.mirror.refresh()  # a router elsewhere may have seen it before this machine did
         if not (folder / MANIFEST_FILE).is_file():
             raise UnknownAbilityError(
                 f"ability '{name}' has no version {version} here, only {self.versions(name)}", param="abilities"
@@ -89,6 +136,25 @@ class Store:
     def next_version(self, name: str) -> int:
         """The version that a new artifact of this ability gets."""
         return max(self.versions(name), default=0) + 1
+
+
+def open_store(place: str | Path) -> Store:
+    """The store in a folder, or at a URL of any file system that fsspec knows, such as ``s3://bucket/prefix``.
+
+    Touches no network: a URL's store is read when it is first asked. Its folder lies under the user's cache, and has
+    the layout of every other store's.
+
+    Raises:
+        StoreError: the URL is malformed.
+    """
+    if not is_url(place):
+        return Store(Path(place))
+    location = parse_url(str(place))
+    if location.protocol in ("file", "local"):
+        return Store(Path(location.shown.partition("://")[2]))
+    # By what was shown, so that another key for the same store finds the same folder.
+    folder = cache_home() / "stores" / hashlib.sha256(location.shown.encode()).hexdigest()[:16]
+    return Store(folder.absolute(), Mirror(Remote(location), folder.absolute(), cache_limit()))
 
 
 def _is_name(name: str) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 ability = typer.Typer(help="See and change the abilities of a store or of a running server.", no_args_is_help=True)
 
-StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store.")]
+StoreOption = Annotated[str, typer.Option("--store", help="Folder or URL of the ability store.")]
 UrlOption = Annotated[str | None, typer.Option("--url", help="Ask this server instead, e.g. http://127.0.0.1:8000.")]
 KeyOption = Annotated[
     str | None, typer.Option("--key", envvar="ACT_SERVE_KEY", help="Key for --url, where it wants one.")
@@ -27,7 +26,7 @@ def _group() -> None: ...
 
 @ability.command("list")
 def list_abilities(
-    store: StoreOption = Path("abilities"),
+    store: StoreOption = "abilities",
     url: UrlOption = None,
     key: KeyOption = None,
     as_json: JsonOption = False,
@@ -37,16 +36,23 @@ def list_abilities(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif not rows:
-        typer.echo(f"no abilities in {url or store}")
+        from act_serve.abilities.location import shown
+
+        typer.echo(f"no abilities in {url or shown(store)}")
     else:
         _print_table(rows)
 
 
-def _of_store(store: Path) -> list[dict[str, Any]]:
+def _of_store(store: str) -> list[dict[str, Any]]:
     from act_serve.abilities.catalogue import Catalogue, summary
-    from act_serve.abilities.store import Store
+    from act_serve.abilities.location import shown
+    from act_serve.abilities.store import open_store
 
-    return [summary(entry) for entry in Catalogue(Store(store)).refresh().entries.values()]
+    catalogue = Catalogue(open_store(store))
+    entries = catalogue.refresh().entries.values()
+    if catalogue.stale_s is not None:
+        typer.echo(f"{shown(store)} cannot be read; this is what is cached of it", err=True)
+    return [summary(entry) for entry in entries]
 
 
 def abilities_of_server(url: str, key: str | None) -> list[dict[str, Any]]:

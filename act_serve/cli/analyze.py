@@ -53,7 +53,7 @@ def analyze(
     _require_build_extra()
     from rich.console import Console
 
-    from act_serve.models.loading import cache_home
+    from act_serve.home import cache_home
     from act_serve.pipeline.analyze.analysis import Options
     from act_serve.pipeline.analyze.analysis import analyze as run
     from act_serve.pipeline.analyze.report import prepare_folder, write_report

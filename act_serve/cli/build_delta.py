@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from act_serve.profile.schema import Profile
 
 ProfilesArgument = Annotated[list[Path], typer.Argument(help="Ability profiles, built one after the other.")]
-StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store to publish into.")]
+StoreOption = Annotated[str, typer.Option("--store", help="Folder or URL of the ability store to publish into.")]
 WorkOption = Annotated[
     Path | None, typer.Option("--work", help="Folder of the unfinished builds. Default: builds/ under $ACT_SERVE_HOME.")
 ]
@@ -40,7 +40,7 @@ PlanOption = Annotated[bool, typer.Option("--plan", help="Only show the plan.")]
 
 def build_delta(
     profiles: ProfilesArgument,
-    store: StoreOption = Path("abilities"),
+    store: StoreOption = "abilities",
     work: WorkOption = None,
     threads: ThreadsOption = None,
     plan: PlanOption = False,
@@ -60,8 +60,8 @@ def build_delta(
     _require_build_extra()
     from rich.console import Console
 
-    from act_serve.abilities.store import Store
-    from act_serve.models.loading import cache_home
+    from act_serve.abilities.store import open_store
+    from act_serve.home import cache_home
     from act_serve.pipeline.progress import Screen
     from act_serve.pipeline.run import build, show_plan
 
@@ -76,7 +76,7 @@ def build_delta(
         if plan:
             show_plan(profile, screen)
         else:
-            build(profile, store=Store(store), work=builds / profile.name, screen=screen)
+            build(profile, store=open_store(store), work=builds / profile.name, screen=screen)
 
 
 def _searching(profile: "Profile", keep: float | None) -> "Profile":

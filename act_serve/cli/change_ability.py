@@ -24,7 +24,7 @@ KeyOption = Annotated[
     typer.Option("--key", envvar="ACT_SERVE_KEY", help="Key with the role admin, for --url; better in ACT_SERVE_KEY."),
 ]
 NameArgument = Annotated[str, typer.Argument(help="The ability's name.")]
-_DEFAULT = Path("abilities")
+_DEFAULT = "abilities"
 _TIMEOUT_S = 600.0
 _MAX_BYTES = 1 << 40
 
@@ -113,10 +113,10 @@ def pin_ability(
     typer.echo(f"{name} is {'not ' if off else ''}pinned")
 
 
-def _store(root: Path) -> Store:
-    from act_serve.abilities.store import Store
+def _store(place: str) -> Store:
+    from act_serve.abilities.store import open_store
 
-    return Store(root)
+    return open_store(place)
 
 
 def _verified(folder: Path) -> Manifest:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 TaskArgument = Annotated[Path, typer.Argument(help='JSONL of {"prompt", "answer"}, also with "choices", or {"text"}.')]
 AbilitiesOption = Annotated[str, typer.Option("--abilities", "-a", help="Composition such as fr+extract*0.5.")]
 BaseOption = Annotated[str, typer.Option("--base", help="`embedded`, a model folder or a hub id.")]
-StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store.")]
+StoreOption = Annotated[str, typer.Option("--store", help="Folder or URL of the ability store.")]
 METRICS = "exact_match, json_fields, final_number, choice_accuracy, chrf, language_share, nll, perplexity; repeatable."
 MetricOption = Annotated[
     list[str] | None,
@@ -31,7 +31,7 @@ def evaluate(
     task: TaskArgument,
     abilities: AbilitiesOption = "",
     base: BaseOption = "embedded",
-    store: StoreOption = Path("abilities"),
+    store: StoreOption = "abilities",
     metric: MetricOption = None,
     language: LanguageOption = None,
     items: ItemsOption = None,

@@ -16,7 +16,7 @@ FormatOption = Annotated[
     ),
 ]
 BaseOption = Annotated[str, typer.Option("--base", help="`embedded`, a model folder or a hub id.")]
-StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store.")]
+StoreOption = Annotated[str, typer.Option("--store", help="Folder or URL of the ability store.")]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option("--dtype", help="Default: the base's; for peft, the smallest that is exact."),
@@ -28,7 +28,7 @@ def export(
     folder: FolderArgument,
     to: FormatOption = "hf",
     base: BaseOption = "embedded",
-    store: StoreOption = Path("abilities"),
+    store: StoreOption = "abilities",
     dtype: DtypeOption = None,
 ) -> None:
     """Write a base with abilities as a checkpoint, or the abilities as an exact LoRA or as vLLM weight patches."""

@@ -29,7 +29,7 @@ LanguageOption = Annotated[
 ]
 DescriptionOption = Annotated[str | None, typer.Option("--description", help="One sentence on what it can do.")]
 LicenseOption = Annotated[str, typer.Option("--license", help="Licence of the source.")]
-StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store.")]
+StoreOption = Annotated[str, typer.Option("--store", help="Folder or URL of the ability store.")]
 
 
 def import_ability(
@@ -42,10 +42,10 @@ def import_ability(
     language: LanguageOption = None,
     description: DescriptionOption = None,
     license: LicenseOption = "unknown",
-    store: StoreOption = Path("abilities"),
+    store: StoreOption = "abilities",
 ) -> None:
     """Make an ability of a fine-tuned checkpoint or a PEFT adapter: exact where few rows change, else the largest."""
-    from act_serve.abilities.store import Store
+    from act_serve.abilities.store import open_store
     from act_serve.delta.composition import check_name
     from act_serve.delta.manifest import read_manifest
     from act_serve.models.loading import resolve_model
@@ -54,7 +54,7 @@ def import_ability(
     folder, said = publish(
         source=source,
         base=resolve_model(base),
-        store=Store(store),
+        store=open_store(store),
         stored=stored,
         p=p,
         name=check_name(name),

@@ -34,6 +34,7 @@ EXTRAS = {
         "torch",
         "transformers",
     ),
+    "s3": ("s3fs",),
     "serve": (
         "aiohttp",
         "fastapi",

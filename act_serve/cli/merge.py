@@ -32,7 +32,7 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only show how the
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="For --to hf: `embedded` (default), a model folder or a hub id.")
 ]
-StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store.")]
+StoreOption = Annotated[str, typer.Option("--store", help="Folder or URL of the ability store.")]
 
 
 def merge(
@@ -46,12 +46,12 @@ def merge(
     description: DescriptionOption = None,
     dry_run: DryRunOption = False,
     base: BaseOption = None,
-    store: StoreOption = Path("abilities"),
+    store: StoreOption = "abilities",
 ) -> None:
     """Merge abilities into a new one or a checkpoint, and show the rows on which they conflict."""
     from rich.console import Console
 
-    from act_serve.abilities.store import Store
+    from act_serve.abilities.store import open_store
     from act_serve.delta.composition import check_name
     from act_serve.errors import RequestError
     from act_serve.pipeline.merge_abilities import merge_parts, publish_merged, read_parts
@@ -61,7 +61,7 @@ def merge(
         raise RequestError("name the new ability, or with --to hf the folder to write, or ask for a --dry-run")
     if out is not None and to == "ability":
         check_name(out)
-    parts = read_parts(recipe, Store(store))
+    parts = read_parts(recipe, open_store(store))
     Console().print(_conflict_table(parts))
     if dry_run or out is None:
         return
@@ -76,7 +76,7 @@ def merge(
         typer.echo(f"checkpoint merged by {recipe.merge_method} written to {out}")
         return
     folder = publish_merged(
-        recipe=recipe, parts=parts, store=Store(store), name=out, stored=stored, description=description
+        recipe=recipe, parts=parts, store=open_store(store), name=out, stored=stored, description=description
     )
     typer.echo(f"published {out}@{folder.name} in {folder}")
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from act_serve.server.ray_builds import Progress
 
 
-def build_with_ray(profiles: Sequence["Profile"], *, store: Path, work: Path, address: str | None) -> int:
+def build_with_ray(profiles: Sequence["Profile"], *, store: str | Path, work: Path, address: str | None) -> int:
     """Runs the builds and returns the worst of their exit codes; raises MissingExtraError without Ray."""
     from rich.console import Console
 

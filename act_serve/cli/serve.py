@@ -20,7 +20,7 @@ ModelOption = Annotated[
     Path | None, typer.Option("--model", help="Folder of the base checkpoint. Default: the embedded SmolLM2-135M.")
 ]
 NameOption = Annotated[str | None, typer.Option("--served-model-name", help="Name that clients use for the base.")]
-StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the ability store.")]
+StoreOption = Annotated[str, typer.Option("--store", help="Folder or URL of the ability store.")]
 HostOption = Annotated[str, typer.Option("--host", help="Interface to listen on.")]
 PortOption = Annotated[int, typer.Option("--port", min=1, max=65534, help="Port to listen on.")]
 DefaultOption = Annotated[
@@ -38,7 +38,7 @@ SetOption = Annotated[
 def serve(
     model: ModelOption = None,
     served_model_name: NameOption = None,
-    store: StoreOption = Path("abilities"),
+    store: StoreOption = "abilities",
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     default_abilities: DefaultOption = "none",
@@ -46,12 +46,13 @@ def serve(
     settings: SetOption = None,
 ) -> None:
     """Start router and engine on this machine; Ctrl-C stops everything."""
+    from act_serve.abilities.location import absolute
     from act_serve.server.config import read_settings
 
     given = {
         "model": model,
         "served_model_name": served_model_name,
-        "store": store.absolute(),
+        "store": absolute(store),
         "default_abilities": default_abilities,
         "keys": keys and keys.absolute(),
         "engine_host": "127.0.0.1",
@@ -119,9 +120,10 @@ def _split(text: str) -> tuple[str, str]:
 
 def _welcome(settings: ServerSettings, base: str, url: str) -> str:
     from act_serve.abilities.catalogue import Catalogue
-    from act_serve.abilities.store import Store
+    from act_serve.abilities.location import shown as shown_place
+    from act_serve.abilities.store import open_store
 
-    entries = Catalogue(Store(settings.store)).refresh().entries.values()
+    entries = Catalogue(open_store(settings.store)).refresh().entries.values()
     shown = [f"  {e.name}@{e.active.version}  {e.active.manifest.description}" for e in entries if e.active.manifest]
     body: dict[str, object] = {"messages": [{"role": "user", "content": "Translate to French: The cat sleeps."}]}
     some = next((e.name for e in entries if e.active.manifest), None)
@@ -129,6 +131,6 @@ def _welcome(settings: ServerSettings, base: str, url: str) -> str:
         body["abilities"] = ["fr" if any(e.name == "fr" for e in entries) else some]
     key = ' -H "x-api-key: $KEY"' if settings.keys else ""
     post = f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
-    listed = "\n".join(shown) or f"  none yet in {settings.store}"
+    listed = "\n".join(shown) or f"  none yet in {shown_place(settings.store)}"
     tries = f"try\n  curl {url}/v1/abilities{key}\n  {post}"
     return f"\n{url}  serves {base}\nabilities\n{listed}\n\n{tries}\n\nCtrl-C stops it."

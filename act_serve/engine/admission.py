@@ -48,6 +48,7 @@ class Admission:
                 f"not {ability.digest}",
                 param="abilities",
             )
+        self.store.fetch(manifest.name, manifest.version)
         self._verify(manifest)
         return WeightedAbility(manifest.name, manifest.version, manifest.digest, ability.weight)
 
@@ -59,7 +60,7 @@ class Admission:
         check_base(manifest.base_fingerprint, self._fingerprint, what=what)
         if self.modules is not None:
             check_modules(manifest, self.modules, what=what)
-        read_artifact(self.store.path(manifest.name, manifest.version), what)
+        read_artifact(self.store.fetch(manifest.name, manifest.version), what)
         self._verified.add(key)
 
 

@@ -20,7 +20,8 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from act_serve.abilities.store import Store
+from act_serve.abilities.location import absolute
+from act_serve.abilities.store import open_store
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.fit import ModuleShape
 from act_serve.engine.admission import Admission
@@ -57,7 +58,8 @@ def served_dtype(wanted: str) -> str:
 
 def command_line(settings: EngineSettings) -> list[str]:
     """The engine's settings as ``vllm serve`` would take them."""
-    store = str(settings.store.absolute())
+    # Of a store at a URL the workers get the folder: vLLM prints its arguments, and URLs can hold secrets.
+    store = str(open_store(absolute(settings.store)).root)
     options: dict[str, Any] = {
         "served_model_name": settings.served_model_name,
         "dtype": served_dtype(settings.dtype),
@@ -86,7 +88,7 @@ def command_line(settings: EngineSettings) -> list[str]:
 async def _registry(client: Any, models: Any, settings: EngineSettings) -> CompositionRegistry:
     modules = whole_modules(await client.collective_rpc("ability_modules"))
     fingerprint = fingerprint_model(checkpoint_folder(settings.model))
-    admission = Admission(Store(settings.store.absolute()), fingerprint, modules)
+    admission = Admission(open_store(absolute(settings.store)), fingerprint, modules)
     return CompositionRegistry(client, models, admission, [settings.served_model_name], settings.max_resident_bytes)
 
 

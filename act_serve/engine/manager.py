@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,9 +28,9 @@ from act_serve.engine.layers import DeltaLayer, DeltaLinearMethod
 from act_serve.engine.plan import LayerPlan, plan_layers
 from act_serve.engine.residents import ResidentAbilities
 from act_serve.errors import ArtifactDamagedError, EngineError
+from act_serve.home import cache_home
 from act_serve.kernels.dispatch import choose_add_rows
 from act_serve.kernels.rows import AbilityRows
-from act_serve.models.loading import cache_home
 
 logger = init_logger("vllm.act_serve")
 
@@ -52,13 +51,13 @@ class AbilityManager:
 
     Args:
         fingerprint: of the served base checkpoint; every artifact must have been built for it.
-        store: the only place that abilities are read from.
+        store: the only place that abilities are read from; None is none.
         max_resident_bytes: budget for resident abilities.
     """
 
-    def __init__(self, fingerprint: ModelFingerprint, store: Path | None, max_resident_bytes: int) -> None:
+    def __init__(self, fingerprint: ModelFingerprint, store: Store | None, max_resident_bytes: int) -> None:
         self._fingerprint = fingerprint
-        self._store = None if store is None else Store(store)
+        self._store = store
         self._max_resident_bytes = max_resident_bytes
         self._batch = BatchTable()
         self._compositions: dict[int, _Resolved] = {}
@@ -217,7 +216,7 @@ class AbilityManager:
         """The delta of a stored ability, checked against this model."""
         assert self._store is not None
         what = f"ability {key.name}@{key.version}"
-        manifest, modules = read_artifact(self._store.path(key.name, key.version), what)
+        manifest, modules = read_artifact(self._store.fetch(key.name, key.version), what)
         if manifest.digest != key.digest or manifest.name != key.name:
             raise ArtifactDamagedError(f"{what} in the store is {manifest.name}~{manifest.digest}, not {key}")
         check_base(manifest.base_fingerprint, self._fingerprint, what=what)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from pathlib import Path
 from typing import Any
 
 from act_serve.engine.settings import BASE_ENV, STORE_ENV
@@ -21,11 +20,12 @@ def register() -> None:
         return
     from vllm.lora.resolver import LoRAResolverRegistry
 
-    from act_serve.abilities.store import Store
+    from act_serve.abilities.location import absolute
+    from act_serve.abilities.store import open_store
     from act_serve.engine.resolver import AbilityResolver
 
     names = [name for name in os.environ.get(BASE_ENV, "").split(",") if name]
-    LoRAResolverRegistry.register_resolver("act_serve", AbilityResolver(Store(Path(root).absolute()), names))
+    LoRAResolverRegistry.register_resolver("act_serve", AbilityResolver(open_store(absolute(root)), names))
 
 
 class AbilityEndpoints:
@@ -45,10 +45,11 @@ class AbilityEndpoints:
         """Puts a table that knows the store in the place of the app's table of adapters."""
         root = os.environ.get(STORE_ENV)
         if root and engine_client is not None:
-            from act_serve.abilities.store import Store
+            from act_serve.abilities.location import absolute
+            from act_serve.abilities.store import open_store
             from act_serve.engine.resolver import CurrentAdapters
 
-            store, tasks = Store(Path(root).absolute()), set[asyncio.Task[Any]]()
+            store, tasks = open_store(absolute(root)), set[asyncio.Task[Any]]()
 
             def forget(request: Any) -> None:
                 tasks.add(task := asyncio.create_task(engine_client.remove_lora(request.lora_int_id)))

@@ -11,7 +11,6 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from act_serve.abilities.desired_state import read_state
 from act_serve.delta.composition import Composition
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.admission import Admission, split_model
@@ -106,6 +105,8 @@ class CompositionRegistry:
     async def _load(self, known: _Known) -> None:
         """The workers read in a thread of theirs, so that requests in flight get their tokens meanwhile."""
         keys = [astuple(key) for key in known.sizes]
+        for key in known.sizes:  # the disk's cache may have evicted it since it was admitted
+            await asyncio.to_thread(self._admission.store.fetch, key.name, key.version)
         try:
             while not all(await self._client.collective_rpc("prepare_abilities", args=(keys,))):
                 await asyncio.sleep(_POLL_S)
@@ -115,7 +116,7 @@ class CompositionRegistry:
 
     def _pinned(self, keys: Iterable[AbilityKey]) -> set[AbilityKey]:
         try:
-            state = read_state(self._admission.store.root)
+            state = self._admission.store.state()
         except StoreError:  # a pin is a wish; a request must not fail for it
             return set()
         return {key for key in keys if state.of(key.name).pinned}

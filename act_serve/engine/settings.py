@@ -23,7 +23,7 @@ class EngineSettings:
     Attributes:
         model: folder of the base checkpoint.
         served_model_name: the name that clients use.
-        store: root folder of the ability store.
+        store: folder or URL of the ability store.
         dtype: of weights and activations, as vLLM spells it; auto is the checkpoint's, but float32 on a CPU without
             bfloat16 instructions.
         max_model_len: tokens of prompt and answer together.
@@ -36,7 +36,7 @@ class EngineSettings:
 
     model: str
     served_model_name: str
-    store: Path
+    store: str | Path
     dtype: str = "auto"
     max_model_len: int = 2048
     max_num_seqs: int = 16

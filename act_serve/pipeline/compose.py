@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from act_serve.abilities.store import Store
+from act_serve.abilities.store import open_store
 from act_serve.delta.artifact import ModuleDelta, read_artifact
 from act_serve.delta.composition import Composition
 from act_serve.delta.fingerprint import check_base, fingerprint_model
@@ -21,17 +21,17 @@ from act_serve.pipeline.merge import Share, merge_deltas
 from act_serve.profile.schema import Data, Task
 
 
-def artifacts_of(composition: str, store: Path) -> list[tuple[Path, float]]:
+def artifacts_of(composition: str, store: str | Path) -> list[tuple[Path, float]]:
     """The artifact folder and weight of each ability in a composition such as `fr+extract@1*0.5`.
 
     An ability without a version means its latest. Raises RequestError for a malformed composition and
     UnknownAbilityError for an ability that the store lacks.
     """
-    shelf = Store(store)
+    shelf = open_store(store)
     found = []
     for ability in Composition.parse(composition).abilities:
         manifest = shelf.manifest(ability.name, ability.version)
-        found.append((shelf.path(ability.name, manifest.version), ability.weight))
+        found.append((shelf.fetch(ability.name, manifest.version), ability.weight))
     return found
 
 
@@ -57,7 +57,7 @@ def score_composition(
     *,
     base: str,
     composition: str,
-    store: Path,
+    store: str | Path,
     examples: list[Example],
     metrics: Sequence[str],
     language: str | None = None,

@@ -37,7 +37,7 @@ def read_parts(recipe: Recipe, store: Store) -> list[Part]:
     parts: list[Part] = []
     for ability, density in recipe.abilities():
         version = store.manifest(ability.name, ability.version).version
-        manifest, deltas = read_artifact(store.path(ability.name, version))
+        manifest, deltas = read_artifact(store.fetch(ability.name, version))
         if parts:
             check_base(manifest.base_fingerprint, parts[0].manifest.base_fingerprint, what=f"{ability.name}@{version}")
         parts.append(Part(manifest, Share(deltas, ability.weight, density)))

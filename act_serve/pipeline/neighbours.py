@@ -52,5 +52,5 @@ def _fitting(store: Store, base: Path) -> dict[str, Manifest]:
 
 
 def _read(store: Store, manifest: Manifest) -> Neighbour:
-    deltas = read_artifact(store.path(manifest.name, manifest.version))[1]
+    deltas = read_artifact(store.fetch(manifest.name, manifest.version))[1]
     return Neighbour(manifest.name, manifest.version, manifest.tensors_sha256, deltas)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from act_serve.abilities.changes import add, incoming
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import ModuleDelta, count_modules, entries_of, serialize_modules, write_artifact
 from act_serve.delta.fingerprint import fingerprint_model
@@ -68,6 +69,7 @@ def publish_deltas(
     `channels` gives each module's number of channels; `facts` are the other fields of the manifest. Raises StoreError
     when the store can't be written, ArtifactDamagedError when the deltas hold NaN.
     """
+    store.refresh()
     tensors = serialize_modules(deltas, stored)
     manifest = Manifest(
         version=store.next_version(facts["name"]),
@@ -78,7 +80,11 @@ def publish_deltas(
         tensors_sha256=hashlib.sha256(tensors).hexdigest(),
         **facts,
     )
-    return write_artifact(store.path(manifest.name, manifest.version), manifest, tensors, files)
+    if store.mirror is None:
+        return write_artifact(store.path(manifest.name, manifest.version), manifest, tensors, files)
+    with incoming(store) as folder:
+        add(store, write_artifact(folder / "artifact", manifest, tensors, files), lambda _: manifest)
+    return store.path(manifest.name, manifest.version)
 
 
 def channel_counts(base: Path) -> dict[str, int]:

@@ -14,7 +14,7 @@ from act_serve import __version__
 from act_serve.abilities.catalogue import Catalogue
 from act_serve.abilities.language import identify_language
 from act_serve.abilities.resolve import Policy
-from act_serve.abilities.store import Store
+from act_serve.abilities.store import open_store
 from act_serve.errors import ActServeError
 from act_serve.server.admin import admin_routes, keep_swept, warm_up
 from act_serve.server.catalogue_watch import CatalogueWatch
@@ -44,7 +44,7 @@ def build_app(
     Raises:
         ProfileError: the keys file is wrong.
     """
-    store = Store(settings.store)
+    store = open_store(settings.store)
     catalogue = Catalogue(store)
     watch = CatalogueWatch(catalogue, settings.catalogue_refresh_s, SkillWatch())
     policy = Policy(base_model, settings.default_abilities, settings.allow_negative_weights)

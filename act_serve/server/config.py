@@ -57,6 +57,10 @@ def _from_json(value: object) -> object:
     return parsed
 
 
+def _as_text(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
 def _list_from_json(value: object) -> object:
     """As a list where it is text, which is how ``serve run`` gives it."""
     try:
@@ -80,7 +84,7 @@ class ServerSettings(BaseModel):
     Attributes:
         model: folder of the base checkpoint; None is the embedded SmolLM2-135M-Instruct.
         served_model_name: the name that clients use; by default the folder's name.
-        store: root folder of the ability store.
+        store: folder of the ability store, or its URL, such as s3://bucket/prefix (docs/control-plane.md).
         default_abilities: what a request gets that asks for nothing: none, auto or a composition's text.
         allow_negative_weights: whether a request may subtract an ability.
         max_body_bytes: larger request bodies are refused with 413.
@@ -116,7 +120,7 @@ class ServerSettings(BaseModel):
 
     model: Path | None = None
     served_model_name: str | None = None
-    store: Path = Path("abilities")
+    store: Annotated[str, BeforeValidator(_as_text), Field(repr=False)] = "abilities"
     default_abilities: Annotated[str, BeforeValidator(_check_default)] = "none"
     allow_negative_weights: bool = False
     max_body_bytes: PositiveInt = 10_000_000

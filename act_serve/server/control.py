@@ -40,10 +40,11 @@ def control_routes(
 
     @routes.get("/ready")
     async def ready() -> JSONResponse:
-        """At least one engine answers: 200, else 503."""
+        """At least one engine answers: 200, else 503; ``store_stale_s`` says that the store cannot be read."""
         pages = await _ask_all(forwarder, "/health")
         alive = sum(page is not None for page in pages.values())
         body = {"status": "ready" if alive else "not ready", "replicas": len(pages), "alive": alive}
+        body |= _staleness(catalogue)
         return JSONResponse(body, 200 if alive else 503)
 
     @routes.get("/metrics")
@@ -52,6 +53,7 @@ def control_routes(
         if metrics_need_key:
             keys.check(request.headers, None)
         pages = await _ask_all(forwarder, "/metrics")
+        metrics.store_stale.set(catalogue.stale_s or 0)
         engines = {name: page for name, page in pages.items() if page is not None}
         return PlainTextResponse(merge_pages(metrics.text(), engines), media_type=_METRICS_TYPE)
 
@@ -62,10 +64,11 @@ def control_routes(
         return {"object": "list", "data": model_cards(view, base_model)}
 
     @routes.get("/v1/abilities")
-    async def abilities(request: Request) -> dict[str, Any]:
-        """Every ability of the store, damaged ones too."""
+    async def abilities(request: Request) -> JSONResponse:
+        """Every ability of the store, damaged ones too; ``store_stale_s`` says that the list is from a cache."""
         _, view = view_of(request)
-        return {"object": "list", "data": [summary(entry) for entry in view.entries.values()]}
+        data = [summary(entry) for entry in view.entries.values()]
+        return JSONResponse({"object": "list", "data": data, **_staleness(catalogue)})
 
     @routes.get("/v1/abilities/{name}")
     async def ability(name: str, request: Request) -> JSONResponse:
@@ -87,6 +90,11 @@ def model_cards(view: CatalogueView, base_model: str) -> list[dict[str, Any]]:
         {"id": f"{base_model}:{m.name}", **shared, "root": f"{m.name}@{m.version}", "parent": base_model}
         for m in view.manifests()
     ]
+
+
+def _staleness(catalogue: Catalogue) -> dict[str, Any]:
+    """Nothing while the store can be read."""
+    return {} if (seconds := catalogue.stale_s) is None else {"store_stale_s": round(seconds, 1)}
 
 
 async def _ask_all(forwarder: Forwarder, path: str) -> dict[str, str | None]:

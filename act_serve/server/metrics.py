@@ -45,6 +45,10 @@ class RouterMetrics:
         self.disconnects = Counter(
             "act_router_disconnects_total", "Clients gone before the end of their answer.", registry=self._registry
         )
+        self.store_stale = Gauge(
+            "act_store_stale_seconds", "Since when the ability store cannot be read; 0: it can.",
+            registry=self._registry,
+        )  # fmt: skip
 
     def text(self) -> str:
         """The page of this router alone."""

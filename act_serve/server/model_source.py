@@ -6,7 +6,7 @@ from pathlib import Path
 
 from act_serve.abilities.catalogue import Catalogue
 from act_serve.abilities.resolve import Policy, resolve
-from act_serve.abilities.store import Store
+from act_serve.abilities.store import open_store
 from act_serve.errors import ArtifactError, ModelError, ProfileError, RequestError
 from act_serve.server.config import ServerSettings
 
@@ -37,7 +37,7 @@ def check_default_abilities(settings: ServerSettings) -> None:
         return
     policy = Policy("", settings.default_abilities, settings.allow_negative_weights)
     try:
-        resolve({}, view=Catalogue(Store(settings.store)).refresh(), policy=policy)
+        resolve({}, view=Catalogue(open_store(settings.store)).refresh(), policy=policy)
     except (RequestError, ArtifactError) as exc:
         raise ProfileError(f"server setting 'default_abilities': {exc}") from exc
 

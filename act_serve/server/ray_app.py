@@ -10,6 +10,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+from act_serve.abilities.location import absolute
 from act_serve.server.config import ServerSettings, read_settings
 from act_serve.server.model_source import check_default_abilities, model_source
 from act_serve.server.ray_engine import ENGINE, Engine
@@ -30,10 +31,10 @@ def app(args: dict[str, Any]) -> Application:
         ModelError: the model's folder holds no checkpoint.
     """
     settings = read_settings(args)
-    absolute = {name: folder.absolute() for name in ("model", "store", "keys")
-                if (folder := getattr(settings, name)) is not None}  # fmt: skip
+    folders = {name: folder.absolute() for name in ("model", "keys")
+               if (folder := getattr(settings, name)) is not None}  # fmt: skip
     allowed = tuple(folder.absolute() for folder in settings.allowed_sources)
-    settings = settings.model_copy(update={**absolute, "allowed_sources": allowed})
+    settings = settings.model_copy(update={**folders, "store": absolute(settings.store), "allowed_sources": allowed})
     check_default_abilities(settings)
     folder, name = model_source(settings)
     engine = serve.deployment(Engine).options(name=ENGINE, **_engine_options(settings))

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import ray
 
-from act_serve.abilities.store import Store
+from act_serve.abilities.store import open_store
 from act_serve.errors import ActServeError, BuildError
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.training import Report
@@ -26,7 +26,7 @@ class Order:
     """One build: `marks` are files that the worker must see; it starts in `folder` with `environment` set."""
 
     profile: Profile
-    store: Path
+    store: str
     work: Path
     marks: list[Path]
     environment: dict[str, str]
@@ -124,7 +124,7 @@ def _build(order: Order, board: Any) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     with (work / LOG).open("a", encoding="utf-8") as log:
         screen = BoardScreen(order.profile.name, board, log)
-        return build(order.profile, store=Store(order.store), work=work, screen=screen)
+        return build(order.profile, store=open_store(order.store), work=work, screen=screen)
 
 
 def _require_shared(marks: list[Path]) -> None:

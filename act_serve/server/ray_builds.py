@@ -20,8 +20,9 @@ from uuid import uuid4
 import ray
 from ray.exceptions import RayError
 
+from act_serve.abilities.location import absolute, is_url
 from act_serve.errors import BuildError, EngineError, ProfileError
-from act_serve.models.loading import HOME_VARIABLE
+from act_serve.home import HOME_VARIABLE
 from act_serve.profile.schema import Profile
 from act_serve.server.ray_build_task import Board, Order, Outcome, run_order
 
@@ -45,13 +46,13 @@ Show = Callable[[Mapping[str, Progress]], None]
 
 
 def build_on_ray(
-    profiles: Sequence[Profile], *, store: Path, work: Path, address: str | None, show: Show
+    profiles: Sequence[Profile], *, store: str | Path, work: Path, address: str | None, show: Show
 ) -> list[Outcome]:
     """Builds all profiles and returns what became of each, in their order; one that fails stops no other.
 
     Args:
         profiles: of abilities with different names.
-        store, work: folders that every machine of the cluster sees under the same path.
+        store, work: folders that every machine of the cluster sees under the same path; the store may be a URL.
         address: of the cluster, or `local` for a Ray of this command's own; without one, `$RAY_ADDRESS`, a cluster that
             runs here, or `local`.
         show: told of all builds twice a second.
@@ -64,8 +65,8 @@ def build_on_ray(
     names = [profile.name for profile in profiles]
     if len(set(names)) < len(names):
         raise ProfileError(f"two profiles build the same ability: {', '.join(sorted(names))}")
-    store, work = store.absolute(), work.absolute()
-    with _cluster(address), _mark([store, work]) as mark:
+    store, work = absolute(store), work.absolute()
+    with _cluster(address), _mark([work] if is_url(store) else [Path(store), work]) as mark:
         board = Board.options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()  # type: ignore[attr-defined]
         options = _room(len(profiles))
         threads = int(options["num_cpus"])

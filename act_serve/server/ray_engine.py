@@ -18,6 +18,7 @@ import ray
 import uvicorn
 from ray import serve
 
+from act_serve.abilities.location import absolute
 from act_serve.errors import EngineError
 from act_serve.server.config import ServerSettings
 from act_serve.server.lease import TOKEN_HEADER, Leases
@@ -46,7 +47,7 @@ class Engine:
         engine = EngineSettings(
             model=str(base),
             served_model_name=name,
-            store=settings.store.absolute(),
+            store=absolute(settings.store),
             dtype=settings.dtype,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from act_serve.errors import EngineError, MissingExtraError, ProfileError
-from act_serve.models.loading import cache_home
+from act_serve.home import cache_home
 from act_serve.server.config import ServerSettings
 from act_serve.server.leftovers import (
     children,

@@ -19,8 +19,8 @@ from act_serve.engine.layers import DeltaLayer
 from act_serve.engine.plan import LayerPlan, Part
 from act_serve.engine.residents import ResidentAbilities
 from act_serve.errors import EngineError
+from act_serve.home import cache_home
 from act_serve.kernels.dispatch import choose_add_rows
-from act_serve.models.loading import cache_home
 
 IN, OUT = 12, {"q": 10, "k": 6}
 

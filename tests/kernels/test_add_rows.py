@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from act_serve.home import cache_home
 from act_serve.kernels.dispatch import AddRows, choose_add_rows
 from act_serve.kernels.native import NativeRows, compile_native
 from act_serve.kernels.reference import add_rows_reference
 from act_serve.kernels.rows import MANY, AbilityRows, ActiveRows, TokenWeights
 from act_serve.kernels.torch_impl import add_rows_torch
-from act_serve.models.loading import cache_home
 
 FORMS = ["torch", "native"]
 # T, I, O: single tokens, odd sizes, and both sides of the number from which torch multiplies.

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from act_serve.errors import DataError
-from act_serve.models.loading import cache_home
+from act_serve.home import cache_home
 
 FOLDER_VARIABLE = "ACT_SERVE_DATA"
 
