@@ -11,6 +11,7 @@ from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.layers import DeltaLayer
 from act_serve.engine.plan import LayerPlan
 from act_serve.errors import EngineError
+from act_serve.kernels.row_table import places_of
 from act_serve.kernels.rows import AbilityRows
 
 
@@ -98,7 +99,10 @@ class ResidentAbilities:
         values = {"device": self._device, "dtype": plan.layer.params_dtype}
         bias_N = None if segment.bias_delta is None else segment.bias_delta[order_N].to(**values)
         rows_N = segment.rows[order_N].to(device=self._device, dtype=torch.int32)
-        return AbilityRows(rows_N, segment.delta[order_N].to(**values), bias_N)
+        place_O = None
+        if self._device.type == "cuda":
+            place_O = places_of(rows_N, sum(len(part.rows) for part in plan.parts))
+        return AbilityRows(rows_N, segment.delta[order_N].to(**values), bias_N, place_O)
 
     def _make_room(self, key: AbilityKey, size: int, in_use: Collection[AbilityKey], over_budget: bool) -> None:
         idle = [other for other in self._bytes if other not in in_use]

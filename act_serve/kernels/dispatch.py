@@ -7,10 +7,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from act_serve.kernels.native import DTYPES, NativeRows, compile_native
-from act_serve.kernels.rows import ActiveRows, TokenWeights
+from act_serve.kernels.rows import AbilityRows, ActiveRows, TokenWeights
 from act_serve.kernels.torch_impl import add_rows_torch
 
 AddRows = Callable[[torch.Tensor, torch.Tensor, ActiveRows, TokenWeights], None]
@@ -26,6 +27,8 @@ def choose_add_rows(device: torch.device, dtype: torch.dtype, folder: Path) -> A
     Args:
         folder: keeps compiled code from one start to the next.
     """
+    if device.type == "cuda":
+        return _on_gpu(device, dtype)
     if device.type != "cpu" or dtype not in DTYPES:
         return add_rows_torch
     try:
@@ -34,3 +37,38 @@ def choose_add_rows(device: torch.device, dtype: torch.dtype, folder: Path) -> A
         reason = exc.stderr.decode(errors="replace")[-300:] if isinstance(exc, subprocess.CalledProcessError) else exc
         _log.warning("abilities run several times slower without compiled code (%s); install g++ 10 or newer", reason)
         return add_rows_torch
+
+
+def agrees_with_torch(form: AddRows, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a form does in a short and in a long step what torch does: a guard against a compiler's mistakes."""
+    random = torch.Generator().manual_seed(0)
+    for tokens in (3, 600):
+        rows_N = torch.arange(20, dtype=torch.int32, device=device) * 2
+        delta_ANI = torch.randn(2, 20, 64, generator=random).to(device, dtype)
+        active = ActiveRows([AbilityRows(rows_N, delta_ANI[0]), AbilityRows(rows_N + 1 - rows_N % 4, delta_ANI[1])])
+        weights = TokenWeights(np.array([[1.0, 0.0], [0.5, -2.0], [0.0, 1.0]])[np.arange(tokens) % 3])
+        x_TI = torch.randn(tokens, 64, generator=random).to(device, dtype)
+        expected, got = torch.zeros(2, tokens, 48, dtype=dtype, device=device)
+        add_rows_torch(x_TI, expected, active, weights)
+        form(x_TI, got, active, weights)
+        tolerance = expected.float().abs().max().item() * (1e-4 if dtype == torch.float32 else 2**-6)
+        if not torch.allclose(got.float(), expected.float(), atol=tolerance, rtol=0):
+            return False
+    return True
+
+
+def _on_gpu(device: torch.device, dtype: torch.dtype) -> AddRows:
+    try:
+        from act_serve.kernels.triton_impl import TritonError, TritonRows
+    except ImportError as exc:
+        _log.warning("abilities run several times slower without Triton: %s", exc)
+        return add_rows_torch
+    form = TritonRows()
+    try:
+        if agrees_with_torch(form, device, dtype):
+            return form
+        reason = "its results are wrong"
+    except (TritonError, RuntimeError) as exc:
+        reason = str(exc)
+    _log.warning("the Triton kernel does not work on this GPU, so abilities run several times slower: %s", reason)
+    return add_rows_torch

@@ -24,16 +24,19 @@ class AbilityRows:
         rows_N: ``[N]`` int32 in ``[0, O)``, ascending, unique.
         delta_NI: ``[N, I]`` contiguous, the dtype of the layer's activations.
         bias_N: ``[N]``, same dtype, or None.
+        place_O: ``[O]`` int32, the row of each column or -1, for the form on GPUs (which else makes it); or None.
     """
 
     rows_N: torch.Tensor
     delta_NI: torch.Tensor
     bias_N: torch.Tensor | None = None
+    place_O: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(part.nbytes for part in (self.rows_N, self.delta_NI, self.bias_N) if part is not None)
+        parts = (self.rows_N, self.delta_NI, self.bias_N, self.place_O)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def products(self, x_PI: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """``x · delta + bias``, ``[P, N]``: accumulated in fp32, rounded once to the dtype of ``x_PI``.

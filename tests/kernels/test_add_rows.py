@@ -73,7 +73,9 @@ def compare(kernel: AddRows, x_TI: torch.Tensor, y_TO: torch.Tensor, active: Act
     for number, ability in enumerate(active.abilities):
         value_TN = x_TI.double() @ ability.delta_NI.double().t()
         value_TN += 0 if ability.bias_N is None else ability.bias_N.double()
-        value_TN[: len(weights.weight_TA)] *= torch.from_numpy(weights.weight_TA)[:, number, None].double()
+        value_TN[: len(weights.weight_TA)] *= (
+            torch.from_numpy(weights.weight_TA).to(y_TO.device)[:, number, None].double()
+        )
         value_TN[len(weights.weight_TA) :] = 0
         dense.index_add_(1, ability.rows_N, value_TN)
         size.index_add_(1, ability.rows_N, value_TN.abs())

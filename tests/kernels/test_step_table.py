@@ -1,0 +1,64 @@
+"""The tables that kernels on a GPU read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from act_serve.kernels import row_table
+from act_serve.kernels.row_table import RowTable, places_of
+from act_serve.kernels.rows import AbilityRows, ActiveRows, TokenWeights
+from act_serve.kernels.step_table import StepTable, table_of
+
+CPU = torch.device("cpu")
+
+
+def random_weights(tokens: int, abilities: int) -> np.ndarray:
+    rng = np.random.default_rng()
+    return rng.normal(size=(tokens, abilities)) * (rng.random((tokens, abilities)) < 0.4)
+
+
+@pytest.mark.parametrize("by_rounds", [False, True])
+@pytest.mark.parametrize(("tokens", "abilities"), [(1, 1), (3, 5), (63, 4), (133, 9)])
+def test_every_use_has_one_place_in_a_block_of_its_ability(tokens: int, abilities: int, by_rounds: bool) -> None:
+    weight_TA = random_weights(tokens, abilities).astype(np.float32)
+    table = table_of(TokenWeights(weight_TA), CPU, block=16, by_rounds=by_rounds)
+    found = np.zeros_like(weight_TA)
+    for place, token in enumerate(table.token_U.tolist()):
+        if token >= 0:
+            found[token, table.ability_B[place // 16]] += table.weight_U[place].item()
+            assert place in table.place_TR[token].tolist()
+    assert np.array_equal(found, weight_TA)
+    assert (table.place_TR >= 0).sum() == (weight_TA != 0).sum()
+
+
+def test_a_round_has_no_token_twice_and_rounds_have_every_block() -> None:
+    table = table_of(TokenWeights(random_weights(133, 9)), CPU, block=16, by_rounds=True)
+    covered = []
+    for first, blocks in table.rounds:
+        tokens = table.token_U[first * 16 : (first + blocks) * 16]
+        assert len(tokens[tokens >= 0]) == len(tokens[tokens >= 0].unique()) > 0
+        covered += range(first, first + blocks)
+    assert covered == torch.nonzero(table.ability_B >= 0).flatten().tolist()
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (3, 5), (3, 3)])
+def test_a_step_beyond_the_capacity_is_refused(shape: tuple[int, int]) -> None:
+    table = StepTable(CPU, tokens=3, abilities=4, uses_per_token=2, block=16)
+    with pytest.raises(ValueError, match="in a table for"):
+        table.fill(TokenWeights(np.ones(shape)))
+
+
+def test_rows_beyond_the_capacity_or_unaligned_are_refused() -> None:
+    delta = torch.zeros(3, 4)
+    one = ActiveRows([AbilityRows(torch.arange(2, dtype=torch.int32), delta[:2])])
+    with pytest.raises(ValueError, match="up to 2 rows"):
+        RowTable(CPU, abilities=1, max_rows=1).fill(one, 8)
+    unaligned = torch.zeros(9)[1:].view(2, 4)
+    with pytest.raises(ValueError, match="16 bytes"):
+        row_table.table_of(ActiveRows([AbilityRows(one.abilities[0].rows_N, unaligned)]), 8, CPU)
+
+
+def test_places_invert_the_rows() -> None:
+    assert places_of(torch.tensor([1, 4], dtype=torch.int32), 6).tolist() == [-1, 0, -1, -1, 1, -1]
