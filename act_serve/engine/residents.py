@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -35,6 +35,9 @@ class ResidentAbilities:
     def __contains__(self, key: AbilityKey) -> bool:
         return key in self._bytes
 
+    def __iter__(self) -> Iterator[AbilityKey]:
+        return iter(self._bytes)
+
     def __len__(self) -> int:
         return len(self._bytes)
 
@@ -52,12 +55,15 @@ class ResidentAbilities:
         Raises:
             EngineError: not every row found its place.
         """
-        segments = [plan.segment(modules) for plan in self._plans]
+        segments = [plan.segment(modules, plan.layer.params_dtype) for plan in self._plans]
         expected = sum(m.rows.numel() for m in modules.values()) - self._elsewhere(modules)
         applied = sum(s.rows.numel() for s in segments)
         if applied != expected:
             raise EngineError(f"only {applied} of {expected} rows of ability {key} have a place in this model")
-        return [self._rows(plan, segment) for plan, segment in zip(self._plans, segments, strict=True)]
+        return [
+            AbilityRows(*(None if part is None else part.to(self._device) for part in (s.rows, s.delta, s.bias_delta)))
+            for s in segments
+        ]
 
     def install(
         self,
@@ -92,13 +98,6 @@ class ResidentAbilities:
         for layer in self._layers:
             layer.forget(key)
         del self._bytes[key]
-
-    def _rows(self, plan: LayerPlan, segment: ModuleDelta) -> AbilityRows:
-        order_N = torch.argsort(segment.rows)
-        values = {"device": self._device, "dtype": plan.layer.params_dtype}
-        bias_N = None if segment.bias_delta is None else segment.bias_delta[order_N].to(**values)
-        rows_N = segment.rows[order_N].to(device=self._device, dtype=torch.int32)
-        return AbilityRows(rows_N, segment.delta[order_N].to(**values), bias_N)
 
     def _make_room(self, key: AbilityKey, size: int, in_use: Collection[AbilityKey], over_budget: bool) -> None:
         idle = [other for other in self._bytes if other not in in_use]
