@@ -1,6 +1,7 @@
 """`act-serve eval`: scores a base with a composition of abilities on a task file."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,9 @@ import typer
 if TYPE_CHECKING:
     from act_serve.models.examples import Example
 
-TaskArgument = Annotated[Path, typer.Argument(help='JSONL of {"prompt", "answer"}, also with "choices", or {"text"}.')]
+TaskArgument = Annotated[
+    Path | None, typer.Argument(help='JSONL of {"prompt", "answer"}, also with "choices", or {"text"}.')
+]
 AbilitiesOption = Annotated[str, typer.Option("--abilities", "-a", help="Composition such as fr+extract*0.5.")]
 BaseOption = Annotated[str, typer.Option("--base", help="`embedded`, a model folder or a hub id.")]
 StoreOption = Annotated[str, typer.Option("--store", help="Folder or URL of the ability store.")]
@@ -24,11 +27,17 @@ MetricOption = Annotated[
 LanguageOption = Annotated[str | None, typer.Option("--language", help="Language that language_share looks for.")]
 ItemsOption = Annotated[int | None, typer.Option("--items", min=1, help="Only the first N examples.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length at which answers are cut.")]
+HarnessOption = Annotated[
+    str | None, typer.Option("--lm-eval", help="In place of a task file: tasks of lm-evaluation-harness, with commas.")
+]
+IncludeOption = Annotated[
+    Path | None, typer.Option("--lm-eval-include", exists=True, file_okay=False, help="Folder with more such tasks.")
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the scores to this file.")]
 
 
 def evaluate(
-    task: TaskArgument,
+    task: TaskArgument = None,
     abilities: AbilitiesOption = "",
     base: BaseOption = "embedded",
     store: StoreOption = "abilities",
@@ -36,9 +45,19 @@ def evaluate(
     language: LanguageOption = None,
     items: ItemsOption = None,
     max_new_tokens: TokensOption = 96,
+    lm_eval: HarnessOption = None,
+    lm_eval_include: IncludeOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Score a base with abilities on a task file. Without --metric, the examples say which metrics make sense."""
+    if (task is None) == (lm_eval is None):
+        raise typer.BadParameter("give a task file, or --lm-eval with names of tasks")
+    if lm_eval is not None:
+        _harness(
+            [name for name in lm_eval.split(",") if name], lm_eval_include, abilities, base, store, items, json_file
+        )
+        return
+    assert task is not None
     from rich.console import Console
     from rich.table import Table
 
@@ -74,6 +93,35 @@ def evaluate(
             "scores": {name: found.score for name, found in scores.items()},
             "intervals": {name: found.interval for name, found in scores.items()},
         }
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _harness(
+    tasks: list[str],
+    include: Path | None,
+    abilities: str,
+    base: str,
+    store: Path,
+    items: int | None,
+    json_file: Path | None,
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from act_serve.pipeline.harness import score_harness_tasks
+
+    scores = score_harness_tasks(
+        base=base, composition=abilities, store=store, tasks=tasks, include=include, items=items
+    )
+    table = Table("task", "metric", title=f"lm-evaluation-harness: {base}{f' + {abilities}' if abilities else ''}")
+    for column in ("score", "standard error", "examples"):
+        table.add_column(column, justify="right")
+    for found in scores:
+        stderr = "" if found.stderr is None else f"{found.stderr:.2g}"
+        table.add_row(found.task, found.metric, f"{found.score:.4g}", stderr, str(found.items or ""))
+    Console().print(table)
+    if json_file is not None:
+        result = {"base": base, "abilities": abilities, "lm_eval": [asdict(found) for found in scores]}
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Collection, Mapping
 
 from act_serve.abilities.store import Store
-from act_serve.delta.artifact import read_artifact
+from act_serve.delta.artifact import check_size, read_artifact
 from act_serve.delta.composition import Composition, WeightedAbility
 from act_serve.delta.fingerprint import check_base
 from act_serve.delta.fit import ModuleShape, check_modules
-from act_serve.delta.manifest import Manifest, ModelFingerprint
+from act_serve.delta.manifest import Counts, Manifest, ModelFingerprint
+from act_serve.engine.ability_key import AbilityKey
 from act_serve.errors import UnknownAbilityError
 
 
@@ -21,24 +22,35 @@ class Admission:
         store: where abilities are.
         fingerprint: of the served base checkpoint.
         modules: what the engine can change, when known; None leaves that check to the worker.
+        tensors: whether to read the tensors too. Not needed where the workers, which read them anyway, say what is
+            wrong with them before a request is let through.
     """
 
     def __init__(
-        self, store: Store, fingerprint: ModelFingerprint, modules: Mapping[str, ModuleShape] | None = None
+        self,
+        store: Store,
+        fingerprint: ModelFingerprint,
+        modules: Mapping[str, ModuleShape] | None = None,
+        *,
+        tensors: bool = True,
     ) -> None:
-        self.store, self._fingerprint, self.modules = store, fingerprint, modules
-        self._verified: set[tuple[str, int, str]] = set()
+        self.store, self._fingerprint, self.modules, self._tensors = store, fingerprint, modules, tensors
+        self._verified: dict[AbilityKey, Counts] = {}
 
     async def pin(self, composition: Composition) -> Composition:
         """The same composition with every version and content digest filled in.
 
-        Each version's tensors are read and verified once in the life of the process; artifacts are immutable.
+        Each version is verified once in the life of the process; artifacts are immutable.
 
         Raises:
             UnknownAbilityError: an ability or version is not in the store, or has other content than was asked for.
             ArtifactDamagedError, BaseMismatchError: it is there and cannot be used.
         """
         return Composition.of([await asyncio.to_thread(self._pin, ability) for ability in composition.abilities])
+
+    def counts(self, pinned: WeightedAbility) -> Counts:
+        """Numbers of rows and values of an ability that :meth:`pin` gave back."""
+        return self._verified[AbilityKey.of(pinned)]
 
     def _pin(self, ability: WeightedAbility) -> WeightedAbility:
         manifest = self.store.manifest(ability.name, ability.version)
@@ -53,15 +65,19 @@ class Admission:
         return WeightedAbility(manifest.name, manifest.version, manifest.digest, ability.weight)
 
     def _verify(self, manifest: Manifest) -> None:
-        key = (manifest.name, manifest.version, manifest.digest)
+        key = AbilityKey(manifest.name, manifest.version, manifest.digest)
         if key in self._verified:
             return
         what = f"ability {manifest.name}@{manifest.version}"
         check_base(manifest.base_fingerprint, self._fingerprint, what=what)
         if self.modules is not None:
             check_modules(manifest, self.modules, what=what)
-        read_artifact(self.store.fetch(manifest.name, manifest.version), what)
-        self._verified.add(key)
+        folder = self.store.fetch(manifest.name, manifest.version)
+        if self._tensors:
+            read_artifact(folder, what)
+        else:
+            check_size(manifest, folder, what=what)
+        self._verified[key] = manifest.counts
 
 
 def split_model(model: str, base_names: Collection[str]) -> Composition | None:

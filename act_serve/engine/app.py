@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections import defaultdict
@@ -47,8 +48,14 @@ async def engine_app(settings: EngineSettings) -> AsyncIterator[FastAPI]:
         app = build_app(args, tasks, client.model_config)
         await init_app_state(client, app.state, args, tasks)
         bound_metrics(client)
-        app.state.compositions = await _registry(client, app.state.openai_serving_models, settings)
-        yield app
+        compositions = await _registry(client, app.state.openai_serving_models, settings)
+        app.state.compositions = compositions
+        await compositions.load_pinned()
+        keeping = asyncio.create_task(compositions.keep_pinned())
+        try:
+            yield app
+        finally:
+            keeping.cancel()
 
 
 def served_dtype(wanted: str) -> str:
@@ -88,7 +95,7 @@ def command_line(settings: EngineSettings) -> list[str]:
 async def _registry(client: Any, models: Any, settings: EngineSettings) -> CompositionRegistry:
     modules = whole_modules(await client.collective_rpc("ability_modules"))
     fingerprint = fingerprint_model(checkpoint_folder(settings.model))
-    admission = Admission(open_store(absolute(settings.store)), fingerprint, modules)
+    admission = Admission(open_store(absolute(settings.store)), fingerprint, modules, tensors=False)
     return CompositionRegistry(client, models, admission, [settings.served_model_name], settings.max_resident_bytes)
 
 

@@ -46,6 +46,18 @@ class _Resolved:
     weights: dict[AbilityKey, float]
 
 
+def _one_thread() -> ThreadPoolExecutor:
+    """An executor whose thread has none of torch's helpers, which would compete with those of the running step."""
+    threads = torch.get_num_threads()
+    loader = ThreadPoolExecutor(1, "ability-loader")
+    # torch keeps the number per thread. A thread gets the one that was set last when it first asks, so asking comes
+    # first here, and the last one set is the one that was.
+    loader.submit(torch.get_num_threads).result()
+    loader.submit(torch.set_num_threads, 1).result()
+    torch.set_num_threads(threads)
+    return loader
+
+
 class AbilityManager:
     """Turns vLLM's adapter calls into loaded abilities and the step's :class:`BatchTable`.
 
@@ -62,7 +74,7 @@ class AbilityManager:
         self._batch = BatchTable()
         self._compositions: dict[int, _Resolved] = {}
         self._last_mapping: tuple[int, ...] | None = None
-        self._loader = ThreadPoolExecutor(1, "ability-loader")
+        self._loader = _one_thread()
         self._loading: dict[AbilityKey, Future[list[AbilityRows]]] = {}
         self.plans: list[LayerPlan] = []
         self._residents: ResidentAbilities
@@ -74,18 +86,29 @@ class AbilityManager:
         """The checkpoint modules that deltas may change, with their whole shapes."""
         return {part.module: part.shape for plan in self.plans for part in plan.parts}
 
-    def prepare(self, keys: Iterable[AbilityKey]) -> bool:
-        """Reads, checks and converts abilities in a thread, while steps go on; :meth:`add_adapter` makes them visible.
+    def load(self, keys: Iterable[AbilityKey]) -> bool:
+        """Reads, checks and converts abilities in a thread, while steps go on; makes them resident once all are ready.
 
         What was begun for others and never taken is dropped, so that requests that gave up hold no memory.
 
         Returns:
-            whether that is done, or has failed, for all of them; ask again until it is.
+            whether all are resident; ask again until they are.
+
+        Raises:
+            ActServeError: an artifact is missing, damaged, does not fit, or has another content than was asked for.
         """
-        wanted = [key for key in keys if key not in self._residents]
-        started = {key: self._loading.get(key) for key in wanted}
+        keys = list(keys)
+        started = {key: self._loading.get(key) for key in keys if key not in self._residents}
         self._loading = {key: future or self._loader.submit(self._prepare, key) for key, future in started.items()}
-        return all(future.done() for future in self._loading.values())
+        if not all(future.done() for future in self._loading.values()):
+            return False
+        ready, self._loading = self._loading, {}
+        prepared = {key: future.result() for key, future in ready.items()}
+        for key, rows in prepared.items():
+            # Who asks keeps the budget and says what leaves (engine/seats.py); no step has used these yet, so that
+            # they would look idle here.
+            self._residents.install(key, rows, in_use=list(self._residents), over_budget=True)
+        return True
 
     def evict(self, key: AbilityKey) -> None:
         """Forgets an ability and every composition with it; nothing in flight may use it."""
@@ -122,9 +145,7 @@ class AbilityManager:
         if known is not None and known.name != request.lora_name:
             raise EngineError(f"adapter id {request.lora_int_id} names both {known.name} and {request.lora_name}")
         resolved = known or self._resolve(request)
-        # Whatever a known composition needs stays: a step must never have to read a file.
-        known_keys = {key for other in self._compositions.values() for key in other.weights}
-        loaded = self._load(resolved, in_use=known_keys | resolved.weights.keys())
+        loaded = self._load(resolved, in_use=self._in_use() | resolved.weights.keys())
         self._compositions[request.lora_int_id] = resolved
         self._last_mapping = None
         return loaded or known is None
@@ -200,6 +221,10 @@ class AbilityManager:
             request.lora_name,
             {AbilityKey.of(a): a.weight for a in composition.abilities},
         )
+
+    def _in_use(self) -> set[AbilityKey]:
+        """Whatever a known composition needs stays: a step must never have to read a file."""
+        return {key for known in self._compositions.values() for key in known.weights}
 
     def _load(self, resolved: _Resolved, in_use: set[AbilityKey], over_budget: bool = False) -> bool:
         missing = [key for key in resolved.weights if key not in self._residents]

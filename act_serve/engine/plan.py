@@ -55,29 +55,37 @@ class LayerPlan:
         """Number of input features that this worker multiplies, I."""
         return len(range(*self.columns.indices(self.layer.input_size)))
 
-    def segment(self, modules: Mapping[str, ModuleDelta]) -> ModuleDelta:
-        """An ability's rows in the layer's local output; possibly none.
+    def segment(self, modules: Mapping[str, ModuleDelta], dtype: torch.dtype) -> ModuleDelta:
+        """A copy of an ability's rows in the layer's local output; possibly none.
 
         Args:
-            modules: the ability's delta by checkpoint module.
+            modules: the ability's delta by checkpoint module, rows ascending.
+            dtype: of the copied values; every value is moved and converted once.
 
         Returns:
-            rows ``[k]`` int64, delta ``[k, I]`` and bias ``[k]`` for the columns and rows of this worker.
+            rows ``[k]`` int32, ascending; delta ``[k, I]`` and bias ``[k]`` for the columns and rows of this worker.
         """
-        rows, deltas, biases = [], [], []
+        found = []
         for part in self.parts:
-            module = modules.get(part.module)
-            if module is None:
-                continue
-            mine = (module.rows >= part.rows.start) & (module.rows < part.rows.stop)
-            rows.append(module.rows[mine].long() - part.rows.start + part.start)
-            deltas.append(module.delta[mine, self.columns])
-            bias_delta = module.bias_delta if self.adds_bias else None
-            biases.append(deltas[-1].new_zeros(len(rows[-1])) if bias_delta is None else bias_delta[mine])
-        if not rows:
-            return ModuleDelta(torch.zeros(0, dtype=torch.int64), torch.zeros(0, self.width))
-        bias = torch.cat(biases) if any(bool(b.any()) for b in biases) else None
-        return ModuleDelta(torch.cat(rows), torch.cat(deltas), bias)
+            if (module := modules.get(part.module)) is not None:
+                bounds = torch.tensor([part.rows.start, part.rows.stop], dtype=module.rows.dtype)
+                found.append((part, module, slice(*torch.searchsorted(module.rows, bounds).tolist())))
+        count = sum(mine.stop - mine.start for _, _, mine in found)
+        rows = torch.empty(count, dtype=torch.int32)
+        delta = torch.empty(count, self.width, dtype=dtype)
+        biased = self.adds_bias and any(
+            module.bias_delta is not None and bool(module.bias_delta[mine].any()) for _, module, mine in found
+        )
+        bias = torch.zeros(count, dtype=dtype) if biased else None
+        end = 0
+        for part, module, mine in found:
+            here = slice(end, end := end + mine.stop - mine.start)
+            # The parts lie one after the other, each with ascending rows, so all are ascending.
+            rows[here] = module.rows[mine] + (part.start - part.rows.start)
+            delta[here] = module.delta[mine, self.columns]
+            if bias is not None and module.bias_delta is not None:
+                bias[here] = module.bias_delta[mine]
+        return ModuleDelta(rows, delta, bias)
 
 
 def plan_layers(model: torch.nn.Module) -> list[LayerPlan]:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Set
 from contextlib import asynccontextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
+from act_serve import errors
 from act_serve.delta.composition import Composition
+from act_serve.delta.manifest import Counts
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.admission import Admission, split_model
 from act_serve.engine.resolver import adapter_request
 from act_serve.engine.seats import Seats
-from act_serve.errors import EngineError, RequestError, StoreError, UnknownAbilityError
+from act_serve.errors import ActServeError, EngineError, RequestError, StoreError, UnknownAbilityError
 
 # Compositions that vLLM's app remembers; an entry is a few hundred bytes. Far more than can be in flight at once.
 _CAPACITY = 16_384
 _POLL_S = 0.003
+_PINNED_S = 2.0
+
+logger = init_logger("vllm.act_serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,9 @@ class CompositionRegistry:
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._value_bytes = engine_client.model_config.dtype.itemsize
         self.seats = Seats(max_resident_bytes, self._evict, self._pinned)
+        self._leaving: set[AbilityKey] = set()
+        self._pinned_before: set[AbilityKey] = set()
+        self._left_out: set[AbilityKey] = set()
         self._last_id = 0
 
     @asynccontextmanager
@@ -68,7 +77,7 @@ class CompositionRegistry:
             return
         known = self._known.get(model) or self._known.setdefault(model, await self._admit(model))
         self._known.move_to_end(model)
-        await self.seats.take(known.sizes, lambda: self._load(known))
+        await self.seats.take(known.sizes, lambda: self._load(known.sizes.keys()))
         try:
             # Where all abilities are resident, a new composition needs nothing from the engine: the worker learns of
             # it with the first step that uses it.
@@ -77,6 +86,46 @@ class CompositionRegistry:
             yield
         finally:
             self.seats.leave(known.sizes)
+
+    async def load_pinned(self) -> None:
+        """Makes the active versions of pinned abilities resident, as many as there is room for when all others leave.
+
+        What cannot be loaded is logged, and left to the requests for it, which say what is wrong.
+        """
+        try:
+            wanted = await asyncio.to_thread(self._active_pinned)
+        except ActServeError as exc:
+            logger.warning("Pinned abilities are not loaded ahead: %s", exc)
+            return
+        if wanted.keys() != self._pinned_before:
+            self._pinned_before = set(wanted)
+            self._left_out.clear()
+        taken = 0
+        for key, size in wanted.items():
+            if key in self._left_out:
+                continue
+            try:
+                if taken + size > self.seats.max_bytes:
+                    raise EngineError("there is no room for it beside the others; raise max_resident_bytes")
+                taken += size
+                if key not in self.seats:
+                    async with self.hold(f"{next(iter(self._base_names))}:{key}"):
+                        logger.info("Loaded pinned ability %s ahead of requests", key)
+            except ActServeError as exc:
+                self._left_out.add(key)
+                logger.warning("Pinned ability %s is not loaded ahead: %s", key, exc)
+
+    async def keep_pinned(self) -> None:
+        """Loads what is pinned, or activated of what is pinned, from now on; until it is cancelled."""
+        while True:
+            await asyncio.sleep(_PINNED_S)
+            await self.load_pinned()
+
+    def _active_pinned(self) -> dict[AbilityKey, int]:
+        store = self._admission.store
+        names = [name for name, state in store.state().abilities.items() if state.pinned]
+        manifests = (store.manifest(name) for name in names if store.versions(name))
+        return {AbilityKey(m.name, m.version, m.digest): self._size(m.counts) for m in manifests}
 
     async def _admit(self, model: str) -> _Known:
         composition = split_model(model, self._base_names)
@@ -95,24 +144,40 @@ class CompositionRegistry:
 
     def _sizes(self, pinned: Composition) -> dict[AbilityKey, int]:
         """Resident bytes by ability: values in the engine's dtype, and a 4-byte index per row."""
-        sizes = {}
-        for ability in pinned.abilities:
-            counts = self._admission.store.manifest(ability.name, ability.version).counts
-            key = AbilityKey.of(ability)
-            sizes[key] = counts.parameters * self._value_bytes + counts.channels * 4
-        return sizes
+        return {AbilityKey.of(ability): self._size(self._admission.counts(ability)) for ability in pinned.abilities}
 
-    async def _load(self, known: _Known) -> None:
-        """The workers read in a thread of theirs, so that requests in flight get their tokens meanwhile."""
-        keys = [astuple(key) for key in known.sizes]
-        for key in known.sizes:  # the disk's cache may have evicted it since it was admitted
+    def _size(self, counts: Counts) -> int:
+        return counts.parameters * self._value_bytes + counts.channels * 4
+
+    async def _load(self, keys: Set[AbilityKey]) -> None:
+        """The workers read in a thread of theirs, so that requests in flight get their tokens meanwhile.
+
+        Under load every call waits for the running step to end, so what leaves goes with the call that starts the
+        loading, and the call that finds it done makes the abilities resident.
+        """
+        for key in keys:  # the disk's cache may have evicted it since it was admitted
             await asyncio.to_thread(self._admission.store.fetch, key.name, key.version)
+        wanted = [astuple(key) for key in keys]
         try:
-            while not all(await self._client.collective_rpc("prepare_abilities", args=(keys,))):
+            while True:
+                leaving = self._leaving - keys
+                reports = await self._ask("load_abilities", wanted, [astuple(key) for key in leaving])
+                self._leaving -= leaving | keys
+                for _, error, message in reports:
+                    if error:
+                        raise getattr(errors, error)(message)
+                if all(resident for resident, _, _ in reports):
+                    return
                 await asyncio.sleep(_POLL_S)
-            await self._client.add_lora(known.request)
+        except BaseException:  # the request may have gone, too; some workers may have what others lack
+            self._leaving |= {key for key in keys if key not in self.seats}
+            raise
+
+    async def _ask(self, method: str, *args: Any) -> list[Any]:
+        try:
+            return await self._client.collective_rpc(method, args=args)
         except Exception as exc:  # vLLM raises a bare Exception with the worker's text
-            raise EngineError(f"the engine could not load {known.request.lora_name}: {exc}") from exc
+            raise EngineError(f"the engine failed at {method}{args}: {exc}") from exc
 
     def _pinned(self, keys: Iterable[AbilityKey]) -> set[AbilityKey]:
         try:
@@ -122,10 +187,13 @@ class CompositionRegistry:
         return {key for key in keys if state.of(key.name).pinned}
 
     async def _evict(self, key: AbilityKey) -> None:
-        """Makes vLLM forget all compositions with this ability, and the workers free it."""
+        """Makes vLLM forget all compositions with this ability; the workers free it with the next load's first call.
+
+        Their memory grows by no other call, so the budget holds.
+        """
         for model in [model for model, known in self._known.items() if key in known.sizes]:
             self._adapters.pop(model, None)
-        await self._client.collective_rpc("evict_ability", args=(key.name, key.version, key.digest))
+        self._leaving.add(key)
 
     async def _forget_oldest(self) -> None:
         while len(self._known) > _CAPACITY:

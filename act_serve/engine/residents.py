@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -36,6 +36,9 @@ class ResidentAbilities:
     def __contains__(self, key: AbilityKey) -> bool:
         return key in self._bytes
 
+    def __iter__(self) -> Iterator[AbilityKey]:
+        return iter(self._bytes)
+
     def __len__(self) -> int:
         return len(self._bytes)
 
@@ -53,12 +56,12 @@ class ResidentAbilities:
         Raises:
             EngineError: not every row found its place.
         """
-        segments = [plan.segment(modules) for plan in self._plans]
+        segments = [plan.segment(modules, plan.layer.params_dtype) for plan in self._plans]
         expected = sum(m.rows.numel() for m in modules.values()) - self._elsewhere(modules)
         applied = sum(s.rows.numel() for s in segments)
         if applied != expected:
             raise EngineError(f"only {applied} of {expected} rows of ability {key} have a place in this model")
-        return [self._rows(plan, segment) for plan, segment in zip(self._plans, segments, strict=True)]
+        return [self._on_device(plan, segment) for plan, segment in zip(self._plans, segments, strict=True)]
 
     def install(
         self,
@@ -94,15 +97,13 @@ class ResidentAbilities:
             layer.forget(key)
         del self._bytes[key]
 
-    def _rows(self, plan: LayerPlan, segment: ModuleDelta) -> AbilityRows:
-        order_N = torch.argsort(segment.rows)
-        values = {"device": self._device, "dtype": plan.layer.params_dtype}
-        bias_N = None if segment.bias_delta is None else segment.bias_delta[order_N].to(**values)
-        rows_N = segment.rows[order_N].to(device=self._device, dtype=torch.int32)
+    def _on_device(self, plan: LayerPlan, segment: ModuleDelta) -> AbilityRows:
+        rows_N, bias_N = segment.rows.to(self._device), segment.bias_delta
         place_O = None
         if self._device.type == "cuda":
             place_O = places_of(rows_N, sum(len(part.rows) for part in plan.parts))
-        return AbilityRows(rows_N, segment.delta[order_N].to(**values), bias_N, place_O)
+        bias_N = None if bias_N is None else bias_N.to(self._device)
+        return AbilityRows(rows_N, segment.delta.to(self._device), bias_N, place_O)
 
     def _make_room(self, key: AbilityKey, size: int, in_use: Collection[AbilityKey], over_budget: bool) -> None:
         idle = [other for other in self._bytes if other not in in_use]

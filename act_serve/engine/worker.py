@@ -17,7 +17,7 @@ from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.manager import AbilityManager
 from act_serve.engine.settings import DEFAULT_RESIDENT_BYTES, RESIDENT_ENV, STORE_ENV
-from act_serve.errors import EngineError
+from act_serve.errors import ActServeError, EngineError
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
@@ -72,13 +72,25 @@ class AbilityWorker(_Worker):
             for part in plan.parts
         }
 
-    def prepare_abilities(self, keys: list[tuple[str, int, str]]) -> bool:
-        """Reads abilities in a thread; each is name, version, digest. Whether all are ready to be made resident."""
-        return self.ability_manager.prepare(AbilityKey(*key) for key in keys)
+    def load_abilities(
+        self, keys: list[tuple[str, int, str]], leaving: list[tuple[str, int, str]]
+    ) -> tuple[bool, str, str]:
+        """Loads abilities in a thread; one call starts that, and the first one that finds it done makes them resident.
 
-    def evict_ability(self, name: str, version: int, digest: str) -> None:
-        """Takes an ability out of memory, whatever named it."""
-        self.ability_manager.evict(AbilityKey(name, version, digest))
+        Args:
+            keys: name, version and digest of each; ask again with the same ones until they are resident.
+            leaving: abilities that leave the memory first, whatever named them.
+
+        Returns:
+            whether they are resident; else the name and message of the error that keeps them from it, if there is
+            one. vLLM keeps only the text of what a worker raises.
+        """
+        for key in leaving:
+            self.ability_manager.evict(AbilityKey(*key))
+        try:
+            return self.ability_manager.load([AbilityKey(*key) for key in keys]), "", ""
+        except ActServeError as exc:
+            return False, type(exc).__name__, str(exc)
 
 
 def checkpoint_folder(model: str, revision: str | None = None) -> Path:

@@ -1,10 +1,11 @@
 """Scores a base with any composition of stored abilities."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from act_serve.abilities.store import open_store
 from act_serve.delta.artifact import ModuleDelta, read_artifact
@@ -70,6 +71,18 @@ def score_composition(
     if not examples:
         raise DataError("the task file holds no examples")
     questions = [Question(_task(metric, language, max_new_tokens), examples) for metric in metrics]
+    with composed_model(base, composition, store) as (model, tokenizer):
+        return evaluate(model, tokenizer, questions)
+
+
+@contextmanager
+def composed_model(
+    base: str, composition: str, store: Path
+) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """While it is open, a model of `base` has the composition's abilities added as in serving; with its tokenizer.
+
+    Raises the artifact's and store's errors.
+    """
     folder = resolve_model(base)
     fingerprint = fingerprint_model(folder)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
@@ -78,7 +91,7 @@ def score_composition(
             manifest, deltas = read_artifact(artifact)
             check_base(manifest.base_fingerprint, fingerprint, what=f"{manifest.name}@{manifest.version}")
             stack.enter_context(RowDeltas(deltas, weight).attached(model))
-        return evaluate(model, tokenizer, questions)
+        yield model, tokenizer
 
 
 def _task(metric: str, language: str | None, max_new_tokens: int) -> Task:

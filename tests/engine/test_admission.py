@@ -87,6 +87,20 @@ async def test_damage_is_found_and_the_other_version_still_serves(admission: Adm
     assert (await admission.pin(Composition.parse("fr@1"))).pinned
 
 
+async def test_where_the_workers_read_the_tensors_admission_does_not(store: Store, tiny_llama: Path) -> None:
+    light = Admission(store, fingerprint_model(tiny_llama), modules_of(tiny_llama), tensors=False)
+    flipped = store.path("fr", 1) / TENSORS_FILE
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"?")
+    assert (await light.pin(Composition.parse("fr@1"))).pinned
+    cut = store.path("fr", 2) / TENSORS_FILE
+    cut.write_bytes(cut.read_bytes()[:-4])
+    with pytest.raises(ArtifactDamagedError, match="bytes, the manifest says"):
+        await light.pin(Composition.parse("fr"))
+    cut.unlink()
+    with pytest.raises(ArtifactDamagedError, match="cannot be read"):
+        await light.pin(Composition.parse("fr"))
+
+
 def test_model_names() -> None:
     assert split_model("smol:fr*0.5", ["smol"]) == Composition.parse("fr*0.5")
     assert split_model("smol:", ["smol"]) == Composition()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from act_serve.abilities.changes import pin
 from act_serve.abilities.store import Store
 from act_serve.delta.manifest import TENSORS_FILE
 from act_serve.engine.settings import MODEL_HEADER, EngineSettings
@@ -29,6 +30,7 @@ async def client(base: Path, tmp_path: Path) -> AsyncIterator[tuple[httpx.AsyncC
     store = Store(tmp_path / "store")
     for number in range(4):
         publish_random(store, base, f"r{number}", seed=number)
+    pin(store, "r3", True)
     counts = store.manifest("r0").counts
     settings = EngineSettings(
         model=str(base),
@@ -53,9 +55,10 @@ async def complete(http: httpx.AsyncClient, store: Store, text: str) -> httpx.Re
 
 async def test_more_abilities_than_room(client: tuple[httpx.AsyncClient, Any, Store], base: Path) -> None:
     http, app, store = client
+    seats = app.state.compositions.seats
+    assert [key.name for key in seats._seats] == ["r3"], "a pinned ability is there before the first request"
     texts = ["", "r0", "r1", "r2+r3*0.5", "r3", "r0*0.5+r2"] * 4
     replies = await asyncio.gather(*(complete(http, store, text) for text in texts))
-    seats = app.state.compositions.seats
     assert seats.bytes <= seats.max_bytes
     prompt = AutoTokenizer.from_pretrained(base)(PROMPT)["input_ids"]
     answers = {}
@@ -79,4 +82,8 @@ async def test_more_abilities_than_room(client: tuple[httpx.AsyncClient, Any, St
     assert refused.status_code == 422
     assert "sha256" in refused.json()["error"]["message"]
     assert (await complete(http, store, "r1@1")).status_code == 200
+    pin(store, "r1", True)  # its active version is the damaged one: logged, and nothing else suffers
+    pin(store, "r0", True)
+    await app.state.compositions.load_pinned()
+    assert {"r0", "r3"} <= {key.name for key in seats._seats}
     assert (await complete(http, store, "")).status_code == 200

@@ -1,0 +1,186 @@
+"""Abilities are loaded in a thread, by few questions to the workers, and errors keep their kind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from act_serve.abilities.changes import pin
+from act_serve.abilities.store import Store
+from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.delta.fit import ModuleShape
+from act_serve.delta.manifest import TENSORS_FILE
+from act_serve.engine.ability_key import AbilityKey
+from act_serve.engine.admission import Admission
+from act_serve.engine.batch import BatchTable
+from act_serve.engine.layers import DeltaLayer
+from act_serve.engine.manager import AbilityManager, _one_thread
+from act_serve.engine.plan import LayerPlan, Part
+from act_serve.engine.registry import CompositionRegistry
+from act_serve.engine.residents import ResidentAbilities
+from act_serve.engine.worker import AbilityWorker
+from act_serve.errors import ArtifactDamagedError
+from act_serve.kernels.reference import add_rows_reference
+from tests.abilities_for_tests import linear_shapes, pinned, publish_random
+
+ROOM = 2
+
+
+class Engine:
+    """The manager and the worker's own method behind the one call that the registry makes of vLLM's client."""
+
+    model_config = SimpleNamespace(dtype=torch.float32)
+
+    def __init__(self, base: Path, store: Store, room: int) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.ability_manager = AbilityManager(fingerprint_model(base), store.root, room)
+        layers = []
+        for name, (out_features, in_features) in linear_shapes(base).items():
+            linear: Any = SimpleNamespace(input_size=in_features, params_dtype=torch.float32)
+            part = Part(name, ModuleShape(out_features, in_features), range(out_features), 0)
+            self.ability_manager.plans.append(LayerPlan(name, linear, (part,), slice(None), adds_bias=True))
+            layers.append(DeltaLayer(name, BatchTable(), add_rows_reference))
+        self.ability_manager._residents = ResidentAbilities(
+            self.ability_manager.plans, layers, torch.device("cpu"), room
+        )
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        assert method == "load_abilities"
+        self.calls.append(args)
+        return await asyncio.shield(asyncio.ensure_future(self._call(args)))  # who gives up takes no call back
+
+    async def _call(self, args: tuple[Any, ...]) -> list[Any]:
+        await asyncio.sleep(0.05)  # a running step
+        return [AbilityWorker.load_abilities(self, *args)]  # type: ignore[arg-type]
+
+    @property
+    def resident(self) -> set[str]:
+        return {key.name for key in self.ability_manager._residents}
+
+
+@pytest.fixture
+def store(tmp_path: Path, tiny_llama: Path) -> Store:
+    store = Store(tmp_path / "store")
+    for number in range(3):
+        publish_random(store, tiny_llama, f"r{number}", seed=number)
+    return store
+
+
+Started = Callable[[], tuple[Engine, CompositionRegistry]]
+
+
+@pytest.fixture
+def start(store: Store, tiny_llama: Path) -> Started:
+    counts = store.manifest("r0").counts
+    room = ROOM * (counts.parameters * 4 + counts.channels * 4)
+
+    def started() -> tuple[Engine, CompositionRegistry]:
+        engine = Engine(tiny_llama, store, room)
+        admission = Admission(store, fingerprint_model(tiny_llama), engine.ability_manager.modules, tensors=False)
+        return engine, CompositionRegistry(engine, SimpleNamespace(lora_requests={}), admission, ["smol"], room)
+
+    return started
+
+
+async def ask(registry: CompositionRegistry, store: Store, text: str) -> None:
+    async with registry.hold(f"smol:{pinned(store, text)}"):
+        pass
+
+
+async def test_a_load_is_a_start_and_a_question_and_what_leaves_goes_with_the_start(
+    start: Started, store: Store
+) -> None:
+    engine, registry = start()
+    for name in ("r0", "r1", "r2"):
+        await ask(registry, store, name)
+        assert name in engine.resident
+    # The step between two questions is longer than a load takes.
+    assert [[key[0] for key in leaving] for _, leaving in engine.calls] == [[], [], [], [], ["r0"], []]
+    assert engine.resident == {"r1", "r2"}
+    await ask(registry, store, "r2+r1*0.5")
+    assert len(engine.calls) == 6, "a composition of resident abilities asks the workers nothing"
+
+
+async def test_what_the_worker_finds_wrong_keeps_its_kind_and_can_be_repaired(start: Started, store: Store) -> None:
+    engine, registry = start()
+    path = store.path("r0", 1) / TENSORS_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for _ in range(2):
+        with pytest.raises(ArtifactDamagedError, match="sha256"):
+            await ask(registry, store, "r0+r1")
+        assert "r0" not in engine.resident
+        assert not registry.seats.bytes
+    path.write_bytes(whole)
+    await ask(registry, store, "r0+r1")
+    assert engine.resident == {"r0", "r1"}
+
+
+async def test_a_request_that_gives_up_leaves_no_memory_taken(start: Started, store: Store) -> None:
+    engine, registry = start()
+    gone = asyncio.create_task(ask(registry, store, "r0"))
+    await asyncio.sleep(0.08)  # the second question is on its way, which makes r0 resident
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    for name in ("r1", "r2"):
+        await ask(registry, store, name)
+    assert engine.resident == {"r1", "r2"}
+
+
+async def test_pinned_abilities_are_loaded_ahead_as_far_as_there_is_room(start: Started, store: Store) -> None:
+    engine, registry = start()
+    for name in ("r0", "r1", "r2"):
+        pin(store, name, True)
+    await registry.load_pinned()
+    assert engine.resident == {"r0", "r1"}
+    calls = len(engine.calls)
+    await registry.load_pinned()
+    await ask(registry, store, "r0")
+    assert len(engine.calls) == calls
+    pin(store, "r0", False)
+    await registry.load_pinned()
+    assert engine.resident == {"r1", "r2"}
+
+
+async def test_a_damaged_pinned_ability_is_left_out(start: Started, store: Store) -> None:
+    path = store.path("r0", 1) / TENSORS_FILE
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    pin(store, "r0", True)
+    pin(store, "r1", True)
+    engine, registry = start()
+    await registry.load_pinned()
+    assert engine.resident == {"r1"}
+
+
+def test_the_loading_thread_takes_none_of_the_step_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert _one_thread().submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_loaded_row_of_each_stored_ability_is_the_stored_one(start: Started, store: Store) -> None:
+    from act_serve.delta.artifact import read_artifact
+
+    engine, _ = start()
+    manifest, modules = read_artifact(store.path("r0", 1))
+    key = AbilityKey("r0", 1, manifest.digest)
+    while not engine.ability_manager.load([key]):
+        pass
+    for layer, plan in zip(engine.ability_manager._residents._layers, engine.ability_manager.plans, strict=True):
+        rows, module = layer.resident[key], modules[plan.parts[0].module]
+        assert torch.equal(rows.rows_N, module.rows)
+        assert torch.equal(rows.delta_NI, module.delta.float())
