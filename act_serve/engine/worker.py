@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.manager import AbilityManager
+from act_serve.engine.plan import Part
 from act_serve.engine.settings import DEFAULT_RESIDENT_BYTES, RESIDENT_ENV, STORE_ENV
 from act_serve.errors import EngineError
 
@@ -46,29 +48,31 @@ class AbilityWorker(_Worker):
             fingerprint_model(checkpoint_folder(self.model_config.model, self.model_config.revision)),
             None if store is None else Path(store).absolute(),
             int(budget or DEFAULT_RESIDENT_BYTES),
+            gather_from_workers,
         )
+        lora_config = self.vllm_config.lora_config
 
         def load_lora_model(runner: Any, model: torch.nn.Module, vllm_config: Any, device: torch.device) -> Any:
+            vllm_config.lora_config = lora_config
             runner.lora_manager = self.ability_manager
             return runner.lora_manager.create_lora_manager(model, vllm_config)
 
         self.model_runner.load_lora_model = types.MethodType(load_lora_model, self.model_runner)
-        loaded = super().load_model(*args, **kwargs)
+        if self.model_config.is_moe:
+            # Else vLLM takes the expert kernels that can do LoRA, which CPUs lack and GPUs have faster ones than
+            # (vllm/model_executor/layers/fused_moe/oracle); abilities change no experts.
+            self.vllm_config.lora_config = None
+        try:
+            loaded = super().load_model(*args, **kwargs)
+        finally:
+            self.vllm_config.lora_config = lora_config
         if getattr(self.model_runner, "lora_manager", None) is not self.ability_manager:
             raise EngineError("this vLLM did not take the ability manager; start it with --enable-lora")
         return loaded
 
-    def ability_modules(self) -> dict[str, tuple[int, int, bool, int, int]]:
-        """The checkpoint modules that deltas may change.
-
-        Returns:
-            ``(out_features, in_features, bias, first, end)`` by name; this worker has the rows from first up to end.
-        """
-        return {
-            part.module: (*astuple(part.shape), part.rows.start, part.rows.stop)
-            for plan in self.ability_manager.plans
-            for part in plan.parts
-        }
+    def ability_modules(self) -> dict[str, tuple[int, int, bool]]:
+        """The checkpoint modules that deltas may change, on any worker: ``(out_features, in_features, bias)``."""
+        return {name: astuple(shape) for name, shape in self.ability_manager.modules.items()}
 
     def prepare_abilities(self, keys: list[tuple[str, int, str]]) -> bool:
         """Reads abilities in a thread; each is name, version, digest. Whether all are ready to be made resident."""
@@ -86,3 +90,14 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, revision=revision, local_files_only=True))
+
+
+def gather_from_workers(mine: list[Part]) -> list[list[Part]]:
+    """The modules' parts on every worker of every pipeline stage; all workers must call this."""
+    everyone = [mine]
+    for group in (get_tp_group(), get_pp_group()):
+        if group.world_size > 1:
+            gathered: list[list[list[Part]]] = [[]] * group.world_size
+            torch.distributed.all_gather_object(gathered, everyone, group=group.cpu_group)
+            everyone = [parts for workers in gathered for parts in workers]
+    return everyone
