@@ -35,12 +35,10 @@ class AbilityWorker(_Worker):
 
         Raises:
             EngineError: CUDA graphs are on (they replay with the addresses of their capture, and packed rows move),
-                the model is split into pipeline stages, or LoRA is not enabled.
+                or LoRA is not enabled.
         """
         if not current_platform.is_cpu() and not self.model_config.enforce_eager:
             raise EngineError("abilities do not run inside CUDA graphs yet; start vLLM with --enforce-eager")
-        if self.parallel_config.pipeline_parallel_size > 1:
-            raise EngineError("abilities do not run under pipeline parallelism yet; use --tensor-parallel-size")
         options: dict[str, Any] = (self.vllm_config.additional_config or {}).get("act_serve", {})
         store = options.get("store") or os.environ.get(STORE_ENV)
         budget = options.get("max_resident_bytes") or os.environ.get(RESIDENT_ENV)
@@ -68,7 +66,17 @@ class AbilityWorker(_Worker):
             self.vllm_config.lora_config = lora_config
         if getattr(self.model_runner, "lora_manager", None) is not self.ability_manager:
             raise EngineError("this vLLM did not take the ability manager; start it with --enable-lora")
+        if current_platform.is_cpu() and not get_pp_group().is_first_rank:
+            self._make_stage_input()
         return loaded
+
+    def _make_stage_input(self) -> None:
+        """Makes the buffer that a pipeline stage copies its input to; vLLM makes it in a warm-up, which CPUs skip."""
+        runner = self.model_runner
+        if runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
 
     def ability_modules(self) -> dict[str, tuple[int, int, bool]]:
         """The checkpoint modules that deltas may change, on any worker: ``(out_features, in_features, bias)``."""

@@ -1,4 +1,4 @@
-"""Fused layers, biases, and tensor parallelism: every row lands where the merged checkpoint has it."""
+"""Fused layers, biases, tensor and pipeline parallelism: every row lands where the merged checkpoint has it."""
 
 from __future__ import annotations
 
@@ -50,12 +50,14 @@ def make(folder: Path, family: str, kv_heads: int) -> Path:
         ("llama", 2, {"enforce_eager": False}),
         ("biased llama", 2, {"tensor_parallel_size": 2}),
         ("qwen2", 1, {"tensor_parallel_size": 2}),
+        ("biased llama", 2, {"pipeline_parallel_size": 2}),
     ],
     ids=[
         "biases",
         "compiled",
         "two workers and biases",
         "two workers with one kv head and biases",
+        "two stages",
     ],
 )
 def test_mixed_batch_equals_the_merged_checkpoints(
