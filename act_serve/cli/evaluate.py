@@ -101,7 +101,7 @@ def _harness(
     include: Path | None,
     abilities: str,
     base: str,
-    store: Path,
+    store: str,
     items: int | None,
     json_file: Path | None,
 ) -> None:

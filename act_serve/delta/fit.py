@@ -31,6 +31,11 @@ def check_modules(manifest: Manifest, modules: Mapping[str, ModuleShape], *, wha
     """
     for name, entry in manifest.modules.items():
         shape = modules.get(name)
+        if shape is None and ".experts." in f"{name}.":
+            raise BaseMismatchError(
+                f"{what} changes {name}, an expert of a mixture; experts can't be changed per request: rebuild the "
+                f"ability without the experts' modules"
+            )
         if shape is None:
             raise BaseMismatchError(
                 f"{what} changes {name}, which the engine has no delta layer for; it can change "

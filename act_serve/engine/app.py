@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -29,7 +28,7 @@ from act_serve.engine.admission import Admission
 from act_serve.engine.registry import CompositionRegistry
 from act_serve.engine.settings import MODEL_HEADER, WORKER_CLS, EngineSettings
 from act_serve.engine.worker import checkpoint_folder
-from act_serve.errors import ActServeError, EngineError
+from act_serve.errors import ActServeError
 from act_serve.models.loading import computing_dtype
 
 
@@ -93,30 +92,11 @@ def command_line(settings: EngineSettings) -> list[str]:
 
 
 async def _registry(client: Any, models: Any, settings: EngineSettings) -> CompositionRegistry:
-    modules = whole_modules(await client.collective_rpc("ability_modules"))
+    (of_any_worker, *_) = await client.collective_rpc("ability_modules")
+    modules = {name: ModuleShape(*shape) for name, shape in of_any_worker.items()}
     fingerprint = fingerprint_model(checkpoint_folder(settings.model))
     admission = Admission(open_store(absolute(settings.store)), fingerprint, modules, tensors=False)
     return CompositionRegistry(client, models, admission, [settings.served_model_name], settings.max_resident_bytes)
-
-
-def whole_modules(per_worker: list[dict[str, tuple[int, int, bool, int, int]]]) -> dict[str, ModuleShape]:
-    """The modules whose every row some worker has.
-
-    Args:
-        per_worker: what each worker's ``ability_modules`` says.
-
-    Raises:
-        EngineError: rows of a module are on no worker, so that a delta could not be applied wholly.
-    """
-    modules, rows = {}, defaultdict[str, set[int]](set)
-    for worker in per_worker:
-        for name, (out_features, in_features, bias, first, end) in worker.items():
-            modules[name] = ModuleShape(out_features, in_features, bias)
-            rows[name].update(range(first, end))
-    for name, shape in modules.items():
-        if len(rows[name]) != shape.out_features:
-            raise EngineError(f"{name} has {shape.out_features} rows, and the workers have {len(rows[name])} of them")
-    return modules
 
 
 class LatestLabels:

@@ -6,7 +6,7 @@ costs nothing but an entry in a table; only abilities take memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from act_serve.delta.manifest import ModelFingerprint
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.batch import BatchTable
 from act_serve.engine.layers import DeltaLayer, DeltaLinearMethod
-from act_serve.engine.plan import LayerPlan, plan_layers
+from act_serve.engine.plan import Part, plan_layers, whole_modules
 from act_serve.engine.residents import ResidentAbilities
 from act_serve.errors import ArtifactDamagedError, EngineError
 from act_serve.home import cache_home
@@ -65,26 +65,30 @@ class AbilityManager:
         fingerprint: of the served base checkpoint; every artifact must have been built for it.
         store: the only place that abilities are read from; None is none.
         max_resident_bytes: budget for resident abilities.
+        gather: takes the modules' parts on this worker, and returns those on every worker.
+
+    Attributes:
+        modules: the checkpoint modules that deltas may change, with their whole shapes, whichever worker has them.
     """
 
-    def __init__(self, fingerprint: ModelFingerprint, store: Store | None, max_resident_bytes: int) -> None:
-        self._fingerprint = fingerprint
-        self._store = store
+    def __init__(
+        self,
+        fingerprint: ModelFingerprint,
+        store: Store | None,
+        max_resident_bytes: int,
+        gather: Callable[[list[Part]], list[list[Part]]] = lambda mine: [mine],
+    ) -> None:
+        self._fingerprint, self._gather, self._store = fingerprint, gather, store
         self._max_resident_bytes = max_resident_bytes
         self._batch = BatchTable()
         self._compositions: dict[int, _Resolved] = {}
         self._last_mapping: tuple[int, ...] | None = None
         self._loader = _one_thread()
         self._loading: dict[AbilityKey, Future[list[AbilityRows]]] = {}
-        self.plans: list[LayerPlan] = []
+        self.modules: dict[str, ModuleShape] = {}
         self._residents: ResidentAbilities
 
     # -- what act-serve asks ---------------------------------------------------------------------------------------
-
-    @property
-    def modules(self) -> dict[str, ModuleShape]:
-        """The checkpoint modules that deltas may change, with their whole shapes."""
-        return {part.module: part.shape for plan in self.plans for part in plan.parts}
 
     def load(self, keys: Iterable[AbilityKey]) -> bool:
         """Reads, checks and converts abilities in a thread, while steps go on; makes them resident once all are ready.
@@ -122,17 +126,24 @@ class AbilityManager:
     # -- what vLLM asks --------------------------------------------------------------------------------------------
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any = None) -> torch.nn.Module:
-        """Puts a delta layer behind every linear layer of the model, and returns the model."""
-        self.plans = plan_layers(model)
+        """Puts a delta layer behind every linear layer of the model, and returns the model.
+
+        Raises:
+            EngineError: rows of a module are on no worker.
+        """
+        plans = plan_layers(model)
         device = next(model.parameters()).device
-        dtypes = {plan.layer.params_dtype for plan in self.plans}
+        dtypes = {plan.layer.params_dtype for plan in plans}
         kernels = {dtype: choose_add_rows(device, dtype, cache_home() / "kernels") for dtype in dtypes}
         layers = []
-        for plan in self.plans:
+        for plan in plans:
             layer = DeltaLayer(plan.name, self._batch, kernels[plan.layer.params_dtype])
             plan.layer.quant_method = DeltaLinearMethod(plan.layer.quant_method, layer)
             layers.append(layer)
-        self._residents = ResidentAbilities(self.plans, layers, device, self._max_resident_bytes)
+        parts = [part for plan in plans for part in plan.parts]
+        self.modules = whole_modules(self._gather(parts))
+        other_stages = self.modules.keys() - {part.module for part in parts}
+        self._residents = ResidentAbilities(plans, layers, device, self._max_resident_bytes, other_stages)
         return model
 
     def add_adapter(self, request: LoRARequest) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -15,6 +17,10 @@ from vllm.model_executor.layers.linear import (
 
 from act_serve.delta.artifact import ModuleDelta
 from act_serve.delta.fit import ModuleShape
+from act_serve.errors import EngineError
+
+# Layers whose weights other code reads without a call of ``apply``: DeepSeek's latent attention, and Mamba.
+_READ_DIRECTLY = frozenset({"kv_b_proj", "conv1d"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +95,32 @@ class LayerPlan:
 
 
 def plan_layers(model: torch.nn.Module) -> list[LayerPlan]:
-    """Every linear layer of a vLLM model that delta rows can be added to."""
+    """Every linear layer of a vLLM model that delta rows can be added to, of the pipeline stage that the model is.
+
+    Others are left out, so that an ability with rows there is refused: experts of a mixture, which are no linear
+    layers in vLLM; a layer that multiplies without its ``quant_method``, such as an expert router with kernels of its
+    own; a layer that the checkpoint stores in other parts than vLLM's.
+    """
     fused: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
-    return [_plan(name, layer, fused) for name, layer in model.named_modules() if isinstance(layer, LinearBase)]
+    plans = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LinearBase) and _calls_apply(name, layer):
+            modules, shards = _modules(name, fused), list(_shards(layer))
+            if len(modules) == len(shards):
+                plans.append(_plan(name, layer, modules, shards))
+    return plans
 
 
-def _plan(name: str, layer: LinearBase, fused: Mapping[str, Sequence[str]]) -> LayerPlan:
+def _calls_apply(name: str, layer: LinearBase) -> bool:
+    return type(layer).forward.__module__ == linear.__name__ and name.rpartition(".")[2] not in _READ_DIRECTLY
+
+
+def _modules(name: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
     prefix, _, leaf = name.rpartition(".")
-    modules = [f"{prefix}.{part}" if prefix else part for part in fused.get(leaf, (leaf,))]
+    return [f"{prefix}.{part}" if prefix else part for part in fused.get(leaf, (leaf,))]
+
+
+def _plan(name: str, layer: LinearBase, modules: Sequence[str], shards: Sequence[tuple[int, int, int]]) -> LayerPlan:
     row_parallel = isinstance(layer, RowParallelLinear)
     tp_rank = getattr(layer, "tp_rank", 0)
     columns = slice(None)
@@ -104,7 +128,7 @@ def _plan(name: str, layer: LinearBase, fused: Mapping[str, Sequence[str]]) -> L
         width = layer.input_size_per_partition
         columns = slice(tp_rank * width, (tp_rank + 1) * width)
     parts, start = [], 0
-    for module, (size, local, shard) in zip(modules, _shards(layer), strict=True):
+    for module, (size, local, shard) in zip(modules, shards, strict=True):
         shape = ModuleShape(size, layer.input_size, layer.bias is not None)
         parts.append(Part(module, shape, range(shard * local, (shard + 1) * local), start))
         start += local
@@ -128,3 +152,23 @@ def _shards(layer: LinearBase) -> Iterator[tuple[int, int, int]]:
     else:  # every worker has the whole layer
         for size in getattr(layer, "output_sizes", [layer.output_size]):
             yield size, size, 0
+
+
+def whole_modules(per_worker: Iterable[Sequence[Part]]) -> dict[str, ModuleShape]:
+    """The modules of all workers together, of which every row is on some worker.
+
+    Args:
+        per_worker: the parts that each tensor-parallel worker of each pipeline stage has.
+
+    Raises:
+        EngineError: rows of a module are on no worker, so that a delta could not be applied wholly.
+    """
+    shapes, rows = {}, defaultdict[str, set[int]](set)
+    for parts in per_worker:
+        for part in parts:
+            shapes[part.module] = part.shape
+            rows[part.module].update(part.rows)
+    for name, shape in shapes.items():
+        if len(rows[name]) != shape.out_features:
+            raise EngineError(f"{name} has {shape.out_features} rows, and the workers have {len(rows[name])} of them")
+    return shapes

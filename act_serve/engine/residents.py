@@ -25,12 +25,19 @@ class ResidentAbilities:
         plans, layers: the model's layers, pairwise.
         device: where the layers run.
         max_bytes: budget for all residents' tensors; least recently used ones leave first, those in use never.
+        other_stages: the modules that other pipeline stages have.
     """
 
     def __init__(
-        self, plans: Sequence[LayerPlan], layers: Sequence[DeltaLayer], device: torch.device, max_bytes: int
+        self,
+        plans: Sequence[LayerPlan],
+        layers: Sequence[DeltaLayer],
+        device: torch.device,
+        max_bytes: int,
+        other_stages: Collection[str] = (),
     ) -> None:
         self._plans, self._layers, self._device, self._max_bytes = plans, layers, device, max_bytes
+        self._other_stages = frozenset(other_stages)
         self._bytes: dict[AbilityKey, int] = {}  # least recently used first
 
     def __contains__(self, key: AbilityKey) -> bool:
@@ -121,9 +128,10 @@ class ResidentAbilities:
             self.evict(old)
 
     def _elsewhere(self, modules: Mapping[str, ModuleDelta]) -> int:
-        """Rows that other workers have, under tensor parallelism."""
+        """Rows that other workers have, under tensor and pipeline parallelism."""
+        stages = sum(modules[name].rows.numel() for name in self._other_stages & modules.keys())
         parts = [part for plan in self._plans for part in plan.parts if part.module in modules]
-        return sum(
+        return stages + sum(
             row not in part.rows and row < part.shape.out_features
             for part in parts
             if len(part.rows) < part.shape.out_features

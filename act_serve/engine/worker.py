@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
 from act_serve.abilities.location import absolute
@@ -16,6 +17,7 @@ from act_serve.abilities.store import open_store
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.manager import AbilityManager
+from act_serve.engine.plan import Part
 from act_serve.engine.settings import DEFAULT_RESIDENT_BYTES, RESIDENT_ENV, STORE_ENV
 from act_serve.errors import ActServeError, EngineError
 
@@ -35,12 +37,10 @@ class AbilityWorker(_Worker):
 
         Raises:
             EngineError: CUDA graphs are on (they replay with the addresses of their capture, and packed rows move),
-                the model is split into pipeline stages, or LoRA is not enabled.
+                or LoRA is not enabled.
         """
         if not current_platform.is_cpu() and not self.model_config.enforce_eager:
             raise EngineError("abilities do not run inside CUDA graphs yet; start vLLM with --enforce-eager")
-        if self.parallel_config.pipeline_parallel_size > 1:
-            raise EngineError("abilities do not run under pipeline parallelism yet; use --tensor-parallel-size")
         options: dict[str, Any] = (self.vllm_config.additional_config or {}).get("act_serve", {})
         store = options.get("store") or os.environ.get(STORE_ENV)
         budget = options.get("max_resident_bytes") or os.environ.get(RESIDENT_ENV)
@@ -48,29 +48,41 @@ class AbilityWorker(_Worker):
             fingerprint_model(checkpoint_folder(self.model_config.model, self.model_config.revision)),
             None if store is None else open_store(absolute(store)),
             int(budget or DEFAULT_RESIDENT_BYTES),
+            gather_from_workers,
         )
+        lora_config = self.vllm_config.lora_config
 
         def load_lora_model(runner: Any, model: torch.nn.Module, vllm_config: Any, device: torch.device) -> Any:
+            vllm_config.lora_config = lora_config
             runner.lora_manager = self.ability_manager
             return runner.lora_manager.create_lora_manager(model, vllm_config)
 
         self.model_runner.load_lora_model = types.MethodType(load_lora_model, self.model_runner)
-        loaded = super().load_model(*args, **kwargs)
+        if self.model_config.is_moe:
+            # Else vLLM takes the expert kernels that can do LoRA, which CPUs lack and GPUs have faster ones than
+            # (vllm/model_executor/layers/fused_moe/oracle); abilities change no experts.
+            self.vllm_config.lora_config = None
+        try:
+            loaded = super().load_model(*args, **kwargs)
+        finally:
+            self.vllm_config.lora_config = lora_config
         if getattr(self.model_runner, "lora_manager", None) is not self.ability_manager:
             raise EngineError("this vLLM did not take the ability manager; start it with --enable-lora")
+        if current_platform.is_cpu() and not get_pp_group().is_first_rank:
+            self._make_stage_input()
         return loaded
 
-    def ability_modules(self) -> dict[str, tuple[int, int, bool, int, int]]:
-        """The checkpoint modules that deltas may change.
+    def _make_stage_input(self) -> None:
+        """Makes the buffer that a pipeline stage copies its input to; vLLM makes it in a warm-up, which CPUs skip."""
+        runner = self.model_runner
+        if runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
 
-        Returns:
-            ``(out_features, in_features, bias, first, end)`` by name; this worker has the rows from first up to end.
-        """
-        return {
-            part.module: (*astuple(part.shape), part.rows.start, part.rows.stop)
-            for plan in self.ability_manager.plans
-            for part in plan.parts
-        }
+    def ability_modules(self) -> dict[str, tuple[int, int, bool]]:
+        """The checkpoint modules that deltas may change, on any worker: ``(out_features, in_features, bias)``."""
+        return {name: astuple(shape) for name, shape in self.ability_manager.modules.items()}
 
     def load_abilities(
         self, keys: list[tuple[str, int, str]], leaving: list[tuple[str, int, str]]
@@ -100,3 +112,14 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, revision=revision, local_files_only=True))
+
+
+def gather_from_workers(mine: list[Part]) -> list[list[Part]]:
+    """The modules' parts on every worker of every pipeline stage; all workers must call this."""
+    everyone = [mine]
+    for group in (get_tp_group(), get_pp_group()):
+        if group.world_size > 1:
+            gathered: list[list[list[Part]]] = [[]] * group.world_size
+            torch.distributed.all_gather_object(gathered, everyone, group=group.cpu_group)
+            everyone = [parts for workers in gathered for parts in workers]
+    return everyone

@@ -22,6 +22,7 @@ PROJECTIONS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _NAME = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
 
@@ -37,10 +38,15 @@ class ChannelModule:
 def channel_modules(folder: Path) -> list[ChannelModule]:
     """Lists the modules of the model in `folder` that hold channels, layer by layer, from its config alone.
 
-    Raises ModelError for a family whose layout is not known.
+    Raises ModelError for a family whose layout is not known, and for a mixture of experts.
     """
     config = read_config(folder)
     family = config.get("model_type")
+    if any((config.get(field) or 0) > 1 for field in _EXPERT_COUNTS):
+        raise ModelError(
+            f"{folder}: {family} is a mixture of experts, whose rows no delta can change yet; build on a dense model "
+            f"of a known family: {', '.join(sorted(FAMILIES))}"
+        )
     if family not in FAMILIES:
         raise ModelError(f"{folder}: model family {family!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
     return [

@@ -77,7 +77,7 @@ def score_composition(
 
 @contextmanager
 def composed_model(
-    base: str, composition: str, store: Path
+    base: str, composition: str, store: str | Path
 ) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """While it is open, a model of `base` has the composition's abilities added as in serving; with its tokenizer.
 

@@ -31,7 +31,7 @@ def score_harness_tasks(
     *,
     base: str,
     composition: str,
-    store: Path,
+    store: str | Path,
     tasks: Sequence[str],
     include: Path | None = None,
     items: int | None = None,

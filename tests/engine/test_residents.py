@@ -16,7 +16,7 @@ from act_serve.delta.fit import ModuleShape
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.batch import BatchTable
 from act_serve.engine.layers import DeltaLayer
-from act_serve.engine.plan import LayerPlan, Part
+from act_serve.engine.plan import LayerPlan, Part, whole_modules
 from act_serve.engine.residents import ResidentAbilities
 from act_serve.errors import EngineError
 from act_serve.home import cache_home
@@ -149,3 +149,30 @@ def test_what_does_not_fit_the_budget_or_the_model_is_refused() -> None:
     with pytest.raises(EngineError, match="only 1 of 2 rows"):
         bench.load(bench.keys[0])
     assert len(bench.residents) == 0
+
+
+def test_the_stages_of_a_pipeline_share_out_the_rows() -> None:
+    torch.manual_seed(0)
+    whole = {name: ModuleShape(size, IN) for name, size in OUT.items()}
+    modules = {name: ModuleDelta(torch.tensor([0, 5], dtype=torch.int32), torch.randn(2, IN)) for name in whole}
+    linear: Any = SimpleNamespace(input_size=IN, params_dtype=torch.float32)
+    key = AbilityKey("a", 1, "0" * 12)
+    for here, there in (("q", "k"), ("k", "q")):
+        plan = LayerPlan(here, linear, (Part(here, whole[here], range(OUT[here]), 0),), slice(None), adds_bias=True)
+        layer = DeltaLayer(
+            here, BatchTable(), choose_add_rows(torch.device("cpu"), torch.float32, cache_home() / "kernels")
+        )
+        alone = ResidentAbilities([plan], [layer], torch.device("cpu"), 1 << 20)
+        with pytest.raises(EngineError, match="only 2 of 4 rows"):
+            alone.prepare(key, modules)
+        staged = ResidentAbilities([plan], [layer], torch.device("cpu"), 1 << 20, other_stages=[there])
+        (rows,) = staged.prepare(key, modules)
+        assert torch.equal(rows.delta_NI, modules[here].delta)
+
+
+def test_modules_are_those_that_the_workers_have_together() -> None:
+    shape = ModuleShape(10, IN)
+    halves = [[Part("q", shape, range(5), 0)], [Part("q", shape, range(5, 10), 0)]]
+    assert whole_modules([*halves, [Part("k", shape, range(10), 0)]]) == {"q": shape, "k": shape}
+    with pytest.raises(EngineError, match="q has 10 rows, and the workers have 5 of them"):
+        whole_modules(halves[:1])

@@ -31,3 +31,10 @@ def test_unknown_family(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(ModelError, match="mamba"):
         channel_modules(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["num_local_experts", "num_experts", "n_routed_experts"])
+def test_mixture_of_experts(tmp_path: Path, field: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", field: 4}))
+    with pytest.raises(ModelError, match=r"qwen2 is a mixture of experts.* build on a dense model"):
+        channel_modules(tmp_path)

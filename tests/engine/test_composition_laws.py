@@ -1,0 +1,169 @@
+"""What must hold for any abilities and any batch, through a layer as vLLM calls it, without an engine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+from act_serve.delta.artifact import ModuleDelta
+from act_serve.delta.fit import ModuleShape
+from act_serve.engine.ability_key import AbilityKey
+from act_serve.engine.batch import BatchTable
+from act_serve.engine.layers import DeltaLayer, DeltaLinearMethod
+from act_serve.engine.plan import LayerPlan, Part
+from act_serve.engine.residents import ResidentAbilities
+from act_serve.kernels.dispatch import AddRows, choose_add_rows
+from act_serve.kernels.rows import MANY
+from act_serve.models.loading import cache_home
+
+IN, Q, K = 24, 20, 8
+CPU = torch.device("cpu")
+Weights = Mapping[AbilityKey, float]
+
+
+@functools.cache
+def add_rows() -> AddRows:
+    return choose_add_rows(CPU, torch.float32, cache_home() / "kernels")
+
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """Rows of the two fused modules, and the seed of their values."""
+
+    q: frozenset[int]
+    k: frozenset[int]
+    bias: bool
+    seed: int
+
+    def modules(self) -> dict[str, ModuleDelta]:
+        draw = torch.Generator().manual_seed(self.seed)
+        return {
+            name: ModuleDelta(
+                torch.tensor(sorted(rows), dtype=torch.int32),
+                torch.randn(len(rows), IN, generator=draw),
+                torch.randn(len(rows), generator=draw) if self.bias else None,
+            )
+            for name, rows in (("q", self.q), ("k", self.k))
+            if rows
+        }
+
+
+class Layer:
+    """A fused layer with a bias, as vLLM's linear layers call theirs."""
+
+    def __init__(self, abilities: Sequence[Ability]) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.weight_OI, self.bias_O = torch.randn(Q + K, IN, generator=draw), torch.randn(Q + K, generator=draw)
+        self.batch = BatchTable()
+        layer = DeltaLayer("laws", self.batch, add_rows())
+        parts = (
+            Part("q", ModuleShape(Q, IN, True), range(Q), 0),
+            Part("k", ModuleShape(K, IN, True), range(K), Q),
+        )
+        described: Any = SimpleNamespace(input_size=IN, params_dtype=torch.float32)
+        plan = LayerPlan("laws", described, parts, slice(None), adds_bias=True)
+        self.residents = ResidentAbilities([plan], [layer], CPU, 1 << 20)
+        wrapped = SimpleNamespace(apply=lambda _layer, x, bias: linear(x, self.weight_OI, bias))
+        self.method = DeltaLinearMethod(wrapped, layer)
+        self.abilities = {AbilityKey(f"a{i}", 1, "0" * 12): ability for i, ability in enumerate(abilities)}
+        self.keys = list(self.abilities)
+
+    def load(self, keys: Sequence[AbilityKey]) -> None:
+        for key in keys:
+            self.residents.install(key, self.residents.prepare(key, self.abilities[key].modules()))
+
+    def base(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return linear(x_TI, self.weight_OI, self.bias_O)
+
+    def step(self, x_TI: torch.Tensor, ids_T: Sequence[int], compositions: Mapping[int, Weights]) -> torch.Tensor:
+        """Runs one step as the manager does."""
+        self.batch.clear()
+        if compositions:
+            self.batch.fill(ids_T, compositions)
+        return self.method.apply(torch.nn.Module(), x_TI, self.bias_O)
+
+
+ABILITY = st.builds(
+    Ability,
+    q=st.frozensets(st.integers(0, Q - 1), max_size=Q),
+    k=st.frozensets(st.integers(0, K - 1), max_size=K),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+WEIGHT = st.sampled_from([-2.0, -0.5, 0.25, 1.0, 3.0]) | st.floats(-4, 4, width=32)
+ABILITIES = st.lists(ABILITY, min_size=1, max_size=4)
+# Both sides of the number of tokens from which torch multiplies.
+TOKENS = st.integers(1, 9) | st.integers(MANY - 2, MANY + 2)
+
+
+def tokens_of(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, IN, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=60, deadline=None)
+@given(abilities=ABILITIES, tokens=TOKENS, seed=st.integers(0, 2**31))
+def test_weight_zero_is_the_base_bit_for_bit(abilities: list[Ability], tokens: int, seed: int) -> None:
+    layer, x_TI = Layer(abilities), tokens_of(tokens, seed)
+    layer.load(layer.keys)
+    y_TO = layer.step(x_TI, [1] * tokens, {1: dict.fromkeys(layer.keys, 0.0)})
+    assert torch.equal(y_TO, layer.base(x_TI))
+
+
+@settings(max_examples=60, deadline=None)
+@given(abilities=ABILITIES, weights=st.lists(WEIGHT, min_size=4, max_size=4), tokens=TOKENS, data=st.data())
+def test_no_order_matters(abilities: list[Ability], weights: list[float], tokens: int, data: st.DataObject) -> None:
+    first, second = Layer(abilities), Layer(abilities)
+    order = data.draw(st.permutations(first.keys))
+    first.load(first.keys)
+    second.load(order)
+    weight_of = dict(zip(first.keys, weights, strict=False))
+    ids_T = data.draw(st.lists(st.integers(0, 1), min_size=tokens, max_size=tokens))
+    x_TI = tokens_of(tokens, 1)
+    one = first.step(x_TI, ids_T, {1: weight_of})
+    two = second.step(x_TI, ids_T, {1: {key: weight_of[key] for key in order}})
+    assert torch.equal(one, two)
+
+
+@settings(max_examples=60, deadline=None)
+@given(abilities=ABILITIES, weights=st.lists(WEIGHT, min_size=4, max_size=4), tokens=TOKENS, seed=st.integers(0, 2**31))
+def test_a_composition_is_the_sum_of_its_parts(
+    abilities: list[Ability], weights: list[float], tokens: int, seed: int
+) -> None:
+    layer, x_TI = Layer(abilities), tokens_of(tokens, seed)
+    layer.load(layer.keys)
+    weight_of = dict(zip(layer.keys, weights, strict=False))
+    base_TO = layer.base(x_TI)
+    parts = [layer.step(x_TI, [1] * tokens, {1: {key: 1.0}}) - base_TO for key in layer.keys]
+    expected = base_TO + sum(weight * part for weight, part in zip(weight_of.values(), parts, strict=True))
+    size = base_TO.abs().max() + sum(abs(w) * p.abs().max() for w, p in zip(weight_of.values(), parts, strict=True))
+    got = layer.step(x_TI, [1] * tokens, {1: weight_of})
+    assert torch.allclose(got, expected, rtol=0, atol=float(size) * 1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(abilities=ABILITIES, tokens=TOKENS, data=st.data())
+def test_loading_and_evicting_leave_the_base_bit_for_bit(
+    abilities: list[Ability], tokens: int, data: st.DataObject
+) -> None:
+    layer, x_TI = Layer(abilities), tokens_of(tokens, 2)
+    base_TO = layer.base(x_TI)
+    for _ in range(3):
+        layer.load(layer.keys)
+        ids_T = data.draw(st.lists(st.integers(0, 2), min_size=tokens, max_size=tokens))
+        used = {1: dict.fromkeys(layer.keys, 1.0), 2: {layer.keys[0]: -0.5}}
+        y_TO = layer.step(x_TI, ids_T, {i: used[i] for i in set(ids_T) - {0}})
+        bare_T = torch.tensor(ids_T) == 0
+        assert torch.equal(y_TO[bare_T], base_TO[bare_T])
+        for key in data.draw(st.permutations(layer.keys)):
+            layer.batch.clear()
+            layer.residents.evict(key)
+        assert torch.equal(layer.step(x_TI, [0] * tokens, {}), base_TO)
+        assert layer.residents.bytes == 0
