@@ -107,10 +107,10 @@ class CompositionRegistry:
             try:
                 if taken + size > self.seats.max_bytes:
                     raise EngineError("there is no room for it beside the others; raise max_resident_bytes")
-                taken += size
                 if key not in self.seats:
                     async with self.hold(f"{next(iter(self._base_names))}:{key}"):
                         logger.info("Loaded pinned ability %s ahead of requests", key)
+                taken += size
             except ActServeError as exc:
                 self._left_out.add(key)
                 logger.warning("Pinned ability %s is not loaded ahead: %s", key, exc)

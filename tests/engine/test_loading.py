@@ -22,7 +22,7 @@ from act_serve.engine.admission import Admission
 from act_serve.engine.batch import BatchTable
 from act_serve.engine.layers import DeltaLayer
 from act_serve.engine.manager import AbilityManager, _one_thread
-from act_serve.engine.plan import LayerPlan, Part
+from act_serve.engine.plan import LayerPlan, Part, whole_modules
 from act_serve.engine.registry import CompositionRegistry
 from act_serve.engine.residents import ResidentAbilities
 from act_serve.engine.worker import AbilityWorker
@@ -40,16 +40,15 @@ class Engine:
 
     def __init__(self, base: Path, store: Store, room: int) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.ability_manager = AbilityManager(fingerprint_model(base), store.root, room)
-        layers = []
+        self.ability_manager = AbilityManager(fingerprint_model(base), store, room)
+        plans, layers = [], []
         for name, (out_features, in_features) in linear_shapes(base).items():
             linear: Any = SimpleNamespace(input_size=in_features, params_dtype=torch.float32)
             part = Part(name, ModuleShape(out_features, in_features), range(out_features), 0)
-            self.ability_manager.plans.append(LayerPlan(name, linear, (part,), slice(None), adds_bias=True))
+            plans.append(LayerPlan(name, linear, (part,), slice(None), adds_bias=True))
             layers.append(DeltaLayer(name, BatchTable(), add_rows_reference))
-        self.ability_manager._residents = ResidentAbilities(
-            self.ability_manager.plans, layers, torch.device("cpu"), room
-        )
+        self.ability_manager.modules = whole_modules([[part for plan in plans for part in plan.parts]])
+        self.ability_manager._residents = ResidentAbilities(plans, layers, torch.device("cpu"), room)
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         assert method == "load_abilities"
@@ -180,7 +179,8 @@ def test_a_loaded_row_of_each_stored_ability_is_the_stored_one(start: Started, s
     key = AbilityKey("r0", 1, manifest.digest)
     while not engine.ability_manager.load([key]):
         pass
-    for layer, plan in zip(engine.ability_manager._residents._layers, engine.ability_manager.plans, strict=True):
+    residents = engine.ability_manager._residents
+    for layer, plan in zip(residents._layers, residents._plans, strict=True):
         rows, module = layer.resident[key], modules[plan.parts[0].module]
         assert torch.equal(rows.rows_N, module.rows)
         assert torch.equal(rows.delta_NI, module.delta.float())
