@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,7 @@ def top(
     if once:
         console.print(frame(url, page, None, abilities))
         return
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
     try:
         with Live(frame(url, page, None, abilities), console=console, auto_refresh=False) as live:
             while True:
