@@ -30,7 +30,7 @@ def run(arguments: list[str], environment: dict[str, str]) -> str:
 @pytest.mark.slow
 def test_agrees_with_the_reference() -> None:
     environment = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    assert "passed" in run(["-m", "pytest", "-q", str(FOLDER / "triton_cases.py")], environment)
+    assert "passed" in run(["-m", "pytest", str(FOLDER / "triton_cases.py")], environment)
 
 
 @pytest.mark.slow
