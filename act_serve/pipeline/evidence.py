@@ -33,10 +33,10 @@ def gather_evidence(candidate: Candidate, origin: Origin, store: Store, curve: C
     tuned = as_stored(load_deltas(candidate.final.folder), profile.stored)
     others = neighbours(store, job.base, profile.name)
     form = f"{job.base_key} {profile.stored} {candidate.final.key}"
-    # Beside a neighbour only its own tasks: what retained tasks lose is known by now.
-    own = questions[: len(profile.score)]
     pairs = {
-        other.label: scored(job, f"evaluate-with-{other.label}", job.base, form + other.key, [tuned, other.deltas], own)
+        other.label: scored(
+            job, f"evaluate-with-{other.label}", job.base, form + other.key, [tuned, other.deltas], questions
+        )
         for other in others
     }
     details = {
