@@ -8,6 +8,7 @@ import pytest
 from act_serve.abilities.store import Store
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.errors import MissingExtraError, ModelError
+from act_serve.home import HOME_VARIABLE
 from act_serve.models import loading
 from tests.tiny_models import make_llama
 
@@ -15,7 +16,7 @@ SHIPPED = Path(__file__).parents[2] / "abilities"
 
 
 def test_ready_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(loading.HOME_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
     make_llama(tmp_path / "models" / loading.EMBEDDED_NAME)
     assert loading.resolve_model(loading.EMBEDDED) == tmp_path / "models" / loading.EMBEDDED_NAME
 
@@ -24,7 +25,7 @@ def test_package_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def missing(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setenv(loading.HOME_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
     monkeypatch.setattr(loading, "distribution", missing)
     with pytest.raises(MissingExtraError, match=r"act-serve\[build\]"):
         loading.embedded_base()
@@ -53,7 +54,7 @@ def test_shipped_abilities_fit_the_embedded_base(name: str) -> None:
 @pytest.mark.slow
 def test_conversion_is_the_same_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = fingerprint_model(loading.embedded_base())
-    monkeypatch.setenv(loading.HOME_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
     folder = loading.embedded_base()
     assert folder.is_relative_to(tmp_path)
     assert fingerprint_model(folder) == first

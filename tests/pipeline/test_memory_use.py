@@ -13,6 +13,7 @@ from act_serve.delta.artifact import read_artifact
 from act_serve.errors import BuildError, ProfileError
 from act_serve.models.examples import Example
 from act_serve.models.families import channel_modules
+from act_serve.models.loading import computing_dtype
 from act_serve.pipeline import memory_use as decision
 from act_serve.pipeline.calibrate import score_channels
 from act_serve.pipeline.localize import localize
@@ -155,7 +156,7 @@ def peak(ranking: Ranking, warm: Path, folder: Path, memory: str) -> tuple[int, 
 @pytest.mark.parametrize("ranking", ["activation_per_module", "activation_weight"])
 def test_peak_memory_does_not_grow_with_the_layers(tmp_path: Path, ranking: Ranking) -> None:
     one, few, many = (make_deep(tmp_path / str(layers), layers) for layers in (1, 12, 48))
-    layer = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
+    layer = computing_dtype().itemsize * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
     shallow, deep = peak(ranking, one, few, "layerwise"), peak(ranking, one, many, "layerwise")
     assert max(deep[0] - shallow[0], deep[1] - shallow[1]) < 2.5 * layer, (shallow, deep)
     assert deep[0] < 6 * layer, deep
