@@ -20,9 +20,9 @@ from act_serve.engine.batch import BatchTable
 from act_serve.engine.layers import DeltaLayer, DeltaLinearMethod
 from act_serve.engine.plan import LayerPlan, Part
 from act_serve.engine.residents import ResidentAbilities
+from act_serve.home import cache_home
 from act_serve.kernels.dispatch import AddRows, choose_add_rows
 from act_serve.kernels.rows import MANY
-from act_serve.models.loading import cache_home
 
 IN, Q, K = 24, 20, 8
 CPU = torch.device("cpu")
