@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import check_size, read_artifact
@@ -60,11 +61,10 @@ class Admission:
                 f"not {ability.digest}",
                 param="abilities",
             )
-        self.store.fetch(manifest.name, manifest.version)
-        self._verify(manifest)
+        self._verify(manifest, self.store.fetch(manifest.name, manifest.version))
         return WeightedAbility(manifest.name, manifest.version, manifest.digest, ability.weight)
 
-    def _verify(self, manifest: Manifest) -> None:
+    def _verify(self, manifest: Manifest, folder: Path) -> None:
         key = AbilityKey(manifest.name, manifest.version, manifest.digest)
         if key in self._verified:
             return
@@ -72,7 +72,6 @@ class Admission:
         check_base(manifest.base_fingerprint, self._fingerprint, what=what)
         if self.modules is not None:
             check_modules(manifest, self.modules, what=what)
-        folder = self.store.fetch(manifest.name, manifest.version)
         if self._tensors:
             read_artifact(folder, what)
         else:
