@@ -159,7 +159,7 @@ def test_a_router_serves_on_while_its_bucket_is_away_and_says_so(
                     time.sleep(0.1)
                 assert stale > 0
                 assert client.get("/ready").json()["store_stale_s"] > 0
-                assert "act_store_stale_seconds 0.0" not in client.get("/metrics").text
+                assert "act_store_stale_seconds 0.0\n" not in client.get("/metrics").text
                 assert [row["name"] for row in client.get("/v1/abilities").json()["data"]] == ["fr"]
                 reply = client.post(CHAT, json={"abilities": ["fr"], "messages": []})
                 assert reply.headers["x-act-abilities"] == "fr@1*1"
