@@ -67,8 +67,10 @@ class _UnloadAdapter(_Body):
 _B = TypeVar("_B", bound=_Body)
 
 
-def admin_routes(settings: ServerSettings, store: Store, watch: CatalogueWatch, keys: Keys) -> APIRouter:
-    """The routes, on one router's parts.
+def admin_routes(
+    settings: ServerSettings, store: Store, watch: CatalogueWatch, keys: Keys, *, elsewhere: bool = False
+) -> APIRouter:
+    """The routes, on one router's parts; `elsewhere`: they only say that another address has them.
 
     A change is durable in the store, and this router knows it, before the answer is sent; other routers know it
     within ``catalogue_refresh_s``.
@@ -78,6 +80,8 @@ def admin_routes(settings: ServerSettings, store: Store, watch: CatalogueWatch, 
     fingerprint = cache(lambda: fingerprint_model(model_folder(model_source(settings)[0])))
 
     def admin(request: Request, *names: str) -> Key:
+        if elsewhere:
+            raise NoSuchPathError("abilities are changed at this server's control address, not at this one")
         if not keys.has_admin:
             raise NoSuchPathError(
                 "this server changes nothing of what it serves until a key in its keys file has the role admin"

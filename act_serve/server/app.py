@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -20,6 +21,7 @@ from act_serve.server.admin import admin_routes, keep_swept, warm_up
 from act_serve.server.catalogue_watch import CatalogueWatch
 from act_serve.server.config import ServerSettings
 from act_serve.server.control import control_routes
+from act_serve.server.control_listener import listening
 from act_serve.server.forward import Forwarder, open_session
 from act_serve.server.http_errors import answer_error
 from act_serve.server.inference import Inference
@@ -58,21 +60,32 @@ def build_app(
         await warm_up(keys)
         async with open_session() as session:
             forwarder = Forwarder(open_upstream(), session, metrics)
-            app.include_router(
-                control_routes(catalogue, base_model, forwarder, metrics, keys, settings.metrics_need_key)
-            )
-            app.include_router(admin_routes(settings, store, watch, keys))
+            control = control_routes(catalogue, base_model, forwarder, metrics, keys, settings.metrics_need_key)
+            app.include_router(control)
+            address = settings.control_address
+            app.include_router(admin_routes(settings, store, watch, keys, elsewhere=address is not None))
             app.mount("/", Inference(watch, policy, forwarder, metrics, settings.max_body_bytes, keys))
             period_s = settings.catalogue_refresh_s
             watching = asyncio.gather(watch.run(), keys.run(period_s), keep_swept(store, settings.drain_s))
             try:
-                yield
+                async with contextlib.AsyncExitStack() as stack:
+                    if address is not None:
+                        aside = _application()
+                        aside.include_router(control)
+                        aside.include_router(admin_routes(settings, store, watch, keys))
+                        await stack.enter_async_context(listening(aside, address))
+                    yield
             finally:
                 watching.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await watching
 
-    app = FastAPI(title="act-serve", version=__version__, lifespan=lifespan)
-    app.add_exception_handler(ActServeError, answer_error)
+    app = _application(lifespan=lifespan)
     app.openapi = document(app)  # type: ignore[method-assign]
+    return app
+
+
+def _application(**options: Any) -> FastAPI:
+    app = FastAPI(title="act-serve", version=__version__, **options)
+    app.add_exception_handler(ActServeError, answer_error)
     return app

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,6 +24,8 @@ from act_serve.delta.composition import Composition
 from act_serve.engine.settings import DEFAULT_RESIDENT_BYTES
 from act_serve.errors import ProfileError, RequestError
 
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})")
+_MAX_PORT = 65_535
 _UNKNOWN = "extra_forbidden"  # pydantic's word
 _ITSELF = "it is a setting of its own, of the same name"
 _SET_HERE = "act-serve sets it itself, and abilities need the value that it sets"
@@ -78,6 +82,14 @@ def _check_default(value: str) -> str:
     return value
 
 
+def _check_address(value: str | None) -> str | None:
+    if value is not None:
+        match = _ADDRESS.fullmatch(value)
+        if match is None or not 0 < int(match[2]) <= _MAX_PORT:
+            raise ValueError(f"{value!r} is not HOST:PORT; give an address such as 127.0.0.1:8001, or [::1]:8001")
+    return value
+
+
 class ServerSettings(BaseModel):
     """Router and engines.
 
@@ -93,6 +105,8 @@ class ServerSettings(BaseModel):
         replica_wait_s: how long a request waits for a living engine before 503.
         catalogue_refresh_s: how often the router looks for changes in the store and in the keys file.
         keys: file of the API keys (docs/security.md); without one everybody may ask, and nobody may change anything.
+        control_address: HOST:PORT for the routes that change what is served, which clients' own address then refuses;
+            None: both have one address.
         metrics_need_key: whether /metrics is only for callers with a key, of any role.
         allowed_sources: folders that an admin may have abilities added from (docs/control-plane.md); uploads need none.
         max_ability_bytes: the most that an added ability may have, packed and unpacked.
@@ -129,6 +143,7 @@ class ServerSettings(BaseModel):
     replica_wait_s: PositiveFloat = 30.0
     catalogue_refresh_s: PositiveFloat = 1.0
     keys: Path | None = None
+    control_address: Annotated[str | None, AfterValidator(_check_address)] = None
     metrics_need_key: bool = False
     allowed_sources: Annotated[tuple[Path, ...], BeforeValidator(_list_from_json)] = ()
     max_ability_bytes: PositiveInt = 2_000_000_000
