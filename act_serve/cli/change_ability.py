@@ -48,7 +48,7 @@ def add_ability(
     if url:
         with _archive(source) as archive:
             query = "?activate=true" if activate else ""
-            done = _ask(url, "POST", f"/v1/abilities{query}", key, archive)
+            done = ask(url, "POST", f"/v1/abilities{query}", key, archive)
         typer.echo(f"added {done['name']}@{done['added']}; active is {done.get('version')}")
         return
     shelf = _store(store)
@@ -70,8 +70,8 @@ def remove_ability(
     from act_serve.abilities.changes import remove, sweep
 
     if url:
-        path = _path(name, f"/versions/{version}" if version else "")
-        gone = _ask(url, "DELETE", path, key)["removed"]
+        path = path_of(name, f"/versions/{version}" if version else "")
+        gone = ask(url, "DELETE", path, key)["removed"]
     else:
         gone = remove(_store(store), name, version)
         if now:
@@ -90,7 +90,7 @@ def activate_ability(
     from act_serve.abilities.changes import activate
 
     if url:
-        _ask(url, "POST", _path(name, "/activate"), key, json.dumps({"version": version}).encode())
+        ask(url, "POST", path_of(name, "/activate"), key, json.dumps({"version": version}).encode())
     else:
         activate(_store(store), name, version)
     typer.echo(f"active is {name}@{version}")
@@ -107,7 +107,7 @@ def pin_ability(
     from act_serve.abilities.changes import pin
 
     if url:
-        _ask(url, "POST", _path(name, "/pin"), key, json.dumps({"pinned": not off}).encode())
+        ask(url, "POST", path_of(name, "/pin"), key, json.dumps({"pinned": not off}).encode())
     else:
         pin(_store(store), name, not off)
     typer.echo(f"{name} is {'not ' if off else ''}pinned")
@@ -140,11 +140,12 @@ def _archive(source: Path) -> IO[bytes]:
     return file
 
 
-def _path(name: str, tail: str) -> str:
+def path_of(name: str, tail: str = "") -> str:
+    """The server's path of an ability."""
     return f"/v1/abilities/{urllib.parse.quote(name, safe='')}{tail}"
 
 
-def _ask(url: str, method: str, path: str, key: str | None, body: bytes | IO[bytes] | None = None) -> dict[str, Any]:
+def ask(url: str, method: str, path: str, key: str | None, body: bytes | IO[bytes] | None = None) -> dict[str, Any]:
     """What the server answers.
 
     Raises:

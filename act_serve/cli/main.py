@@ -19,6 +19,7 @@ from act_serve.cli.inspect import inspect
 from act_serve.cli.key import key
 from act_serve.cli.merge import merge
 from act_serve.cli.serve import serve
+from act_serve.cli.show_ability import show_ability
 from act_serve.cli.top import top
 from act_serve.errors import ActServeError, MissingExtraError
 
@@ -65,6 +66,7 @@ app.command("merge")(merge)
 app.command("import")(import_ability)
 app.command("inspect")(inspect)
 app.command("top")(top)
+ability.command("show")(show_ability)
 ability.command("add")(add_ability)
 ability.command("remove")(remove_ability)
 ability.command("activate")(activate_ability)

@@ -7,10 +7,11 @@ import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -25,6 +26,7 @@ from act_serve.abilities.store import open_store
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.fit import ModuleShape
 from act_serve.engine.admission import Admission
+from act_serve.engine.held import HELD_PATH
 from act_serve.engine.registry import CompositionRegistry
 from act_serve.engine.settings import MODEL_HEADER, WORKER_CLS, EngineSettings
 from act_serve.engine.worker import checkpoint_folder
@@ -34,7 +36,7 @@ from act_serve.models.loading import computing_dtype
 
 @asynccontextmanager
 async def engine_app(settings: EngineSettings) -> AsyncIterator[FastAPI]:
-    """vLLM's FastAPI app, its engine running; every route of vLLM's, unchanged.
+    """vLLM's FastAPI app, its engine running; every route of vLLM's, unchanged, and ``HELD_PATH``.
 
     A request that carries the header ``x-act-model`` with the same value as its body's ``model`` has that
     composition checked and loaded first; what is wrong with it is answered as an OpenAI error object.
@@ -49,12 +51,18 @@ async def engine_app(settings: EngineSettings) -> AsyncIterator[FastAPI]:
         bound_metrics(client)
         compositions = await _registry(client, app.state.openai_serving_models, settings)
         app.state.compositions = compositions
+        app.add_api_route(f"{HELD_PATH}/{{name}}", _held, include_in_schema=False)
         await compositions.load_pinned()
         keeping = asyncio.create_task(compositions.keep_pinned())
         try:
             yield app
         finally:
             keeping.cancel()
+
+
+async def _held(name: str, request: Request) -> list[dict[str, Any]]:
+    """What this engine holds of an ability."""
+    return [asdict(held) for held in request.app.state.compositions.held(name)]
 
 
 def served_dtype(wanted: str) -> str:

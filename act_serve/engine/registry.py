@@ -17,6 +17,7 @@ from act_serve.delta.composition import Composition
 from act_serve.delta.manifest import Counts
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.admission import Admission, split_model
+from act_serve.engine.held import Held
 from act_serve.engine.resolver import adapter_request
 from act_serve.engine.seats import Seats
 from act_serve.errors import ActServeError, EngineError, RequestError, StoreError, UnknownAbilityError
@@ -86,6 +87,14 @@ class CompositionRegistry:
             yield
         finally:
             self.seats.leave(known.sizes)
+
+    def held(self, name: str) -> list[Held]:
+        """What this engine holds of the versions of an ability, or is about to."""
+        return [
+            Held(key.version, key.digest, of.users, of.waiting, of.size, of.closing)
+            for key, of in sorted(self.seats.occupancy().items())
+            if key.name == name
+        ]
 
     async def load_pinned(self) -> None:
         """Makes the active versions of pinned abilities resident, as many as there is room for when all others leave.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -17,6 +18,23 @@ class _Seat:
     size: int
     users: int = 0
     closing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """How one ability is used at this moment.
+
+    Attributes:
+        size: bytes that it takes; 0 is not resident.
+        users: requests that run with it.
+        waiting: requests that wait for it.
+        closing: whether it must leave once its users have.
+    """
+
+    size: int
+    users: int
+    waiting: int
+    closing: bool
 
 
 @dataclass(slots=True)
@@ -37,6 +55,7 @@ class Seats(Generic[Key]):
     evict: Callable[[Key], Awaitable[None]]
     pinned: Callable[[Iterable[Key]], Collection[Key]] = lambda _: ()
     _seats: dict[Key, _Seat] = field(default_factory=dict)  # least recently used first
+    _waiting: Counter[Key] = field(default_factory=Counter)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _left: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -47,6 +66,12 @@ class Seats(Generic[Key]):
 
     def __contains__(self, key: Key) -> bool:
         return key in self._seats
+
+    def occupancy(self) -> dict[Key, Occupancy]:
+        """Every ability that is resident or waited for."""
+        nobody = _Seat(0)
+        seats = {key: self._seats.get(key, nobody) for key in {*self._seats, *self._waiting}}
+        return {key: Occupancy(s.size, s.users, self._waiting[key], s.closing) for key, s in seats.items()}
 
     async def take(self, sizes: Mapping[Key, int], load: Callable[[], Awaitable[None]]) -> None:
         """Waits until the abilities are resident, and keeps them so until :meth:`leave`.
@@ -67,13 +92,19 @@ class Seats(Generic[Key]):
                 f"at most {self.max_bytes / 2**20:.1f} MiB resident; use fewer at once, or raise max_resident_bytes",
                 param="abilities",
             )
-        async with self._turn:
-            if not self._ready(sizes):
-                await self._make_room(sizes)
-                await load()
-                for key, size in sizes.items():
-                    self._seats.setdefault(key, _Seat(size)).closing = False
-            self._use(sizes)
+        missing = [key for key in sizes if not self._ready([key])]
+        self._waiting.update(missing)
+        try:
+            async with self._turn:
+                if not self._ready(sizes):
+                    await self._make_room(sizes)
+                    await load()
+                    for key, size in sizes.items():
+                        self._seats.setdefault(key, _Seat(size)).closing = False
+                self._use(sizes)
+        finally:
+            self._waiting.subtract(missing)
+            self._waiting = +self._waiting  # without those that nobody waits for
 
     def leave(self, sizes: Mapping[Key, int]) -> None:
         """Ends what :meth:`take` began."""
@@ -81,8 +112,8 @@ class Seats(Generic[Key]):
             self._seats[key].users -= 1
         self._left.set()
 
-    def _ready(self, sizes: Mapping[Key, int]) -> bool:
-        return all(key in self._seats and not self._seats[key].closing for key in sizes)
+    def _ready(self, keys: Iterable[Key]) -> bool:
+        return all(key in self._seats and not self._seats[key].closing for key in keys)
 
     def _use(self, sizes: Mapping[Key, int]) -> None:
         for key in sizes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from re import fullmatch
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,9 +11,12 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from act_serve.abilities.allowed import check_allowed, visible
 from act_serve.abilities.catalogue import Catalogue, CatalogueView, summary
+from act_serve.delta.composition import NAME_PATTERN
+from act_serve.engine.held import HELD_PATH
 from act_serve.server.forward import Forwarder, fetch_text
 from act_serve.server.keys import Key, Keys
 from act_serve.server.metrics import RouterMetrics, merge_pages
+from act_serve.server.replica_states import replica_rows
 
 _PROBE_TIMEOUT_S = 2.0
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -72,12 +76,18 @@ def control_routes(
 
     @routes.get("/v1/abilities/{name}")
     async def ability(name: str, request: Request) -> JSONResponse:
-        """One ability with the manifest and scores of its active version."""
+        """One ability: the manifest and scores of its active version, and its versions' states in every engine."""
         key, view = view_of(request)
         check_allowed([name], key.abilities)
+        known = view.entries.get(name)
+        asked = known is not None or fullmatch(NAME_PATTERN, name)
+        rows = replica_rows(known, await _ask_all(forwarder, f"{HELD_PATH}/{name}")) if asked else []
+        if known is None and any(row.get("requests") for row in rows):
+            return JSONResponse({"name": name, "object": "ability", "status": "removed", "replicas": rows})
         entry = view.ability(name)
         manifest = entry.active.manifest
-        return JSONResponse({**summary(entry), "manifest": manifest and manifest.model_dump(mode="json")})
+        body = {**summary(entry), "manifest": manifest and manifest.model_dump(mode="json")}
+        return JSONResponse({**body, "replicas": rows})
 
     return routes
 

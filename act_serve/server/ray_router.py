@@ -43,6 +43,7 @@ class RayUpstream:
         self._hold = handle.hold
         self._wait_s = wait_s
         self._ending: set[asyncio.Task[None]] = set()
+        self._listed: dict[str, Replica] = {}
 
     @asynccontextmanager
     async def lease(self, avoid: Collection[str] = ()) -> AsyncIterator[Replica]:
@@ -83,12 +84,15 @@ class RayUpstream:
             await asyncio.sleep(_OTHER_POLL_S)
 
     async def replicas(self) -> Sequence[Replica]:
-        """All replicas that answer within two seconds."""
+        """All replicas that Ray knows; one that is silent or dead hides no other, and stays until Ray drops it."""
         with suppress(RayError, RayServeException, TimeoutError, RuntimeError):
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                found = await self._handle.broadcast("address").results_async()
-            return [Replica(a["name"], a["url"], replica_headers(a["token"])) for a in found if isinstance(a, dict)]
-        return []
+                found = await self._handle.broadcast("address").results_async(return_exceptions=True)
+            answered = [a for a in found if isinstance(a, dict)]
+            if len(answered) == len(found):
+                self._listed = {}
+            self._listed |= {a["name"]: Replica(a["name"], a["url"], replica_headers(a["token"])) for a in answered}
+        return list(self._listed.values())
 
 
 async def _watch(held: DeploymentResponse[Any], lost: asyncio.Future[str]) -> None:

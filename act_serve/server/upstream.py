@@ -42,7 +42,7 @@ class Upstream(Protocol):
         """
 
     async def replicas(self) -> Sequence[Replica]:
-        """All living replicas; none when the engines cannot be asked."""
+        """All replicas, those too that have stopped answering a moment ago."""
 
 
 class FixedUpstream:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from act_serve.abilities.changes import pin
 from act_serve.abilities.store import Store
 from act_serve.delta.manifest import TENSORS_FILE
+from act_serve.engine.held import HELD_PATH
 from act_serve.engine.settings import MODEL_HEADER, EngineSettings
 from tests.abilities_for_tests import merged_model, pinned, publish_random
 
@@ -53,6 +54,11 @@ async def complete(http: httpx.AsyncClient, store: Store, text: str) -> httpx.Re
     return await http.post("/v1/completions", json=body, headers={MODEL_HEADER: model})
 
 
+async def held(http: httpx.AsyncClient, name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = (await http.get(f"{HELD_PATH}/{name}")).json()
+    return rows
+
+
 async def test_more_abilities_than_room(client: tuple[httpx.AsyncClient, Any, Store], base: Path) -> None:
     http, app, store = client
     seats = app.state.compositions.seats
@@ -86,4 +92,11 @@ async def test_more_abilities_than_room(client: tuple[httpx.AsyncClient, Any, St
     pin(store, "r0", True)
     await app.state.compositions.load_pinned()
     assert {"r0", "r3"} <= {key.name for key in seats._seats}
+    running = asyncio.create_task(complete(http, store, "r0"))
+    while not (rows := await held(http, "r0")) or not rows[0]["requests"]:
+        assert not running.done()
+    assert rows[0]["resident_bytes"] == seats.max_bytes // ROOM - store.manifest("r0").counts.channels * 4
+    await running
+    assert [(row["version"], row["requests"]) for row in await held(http, "r0")] == [(1, 0)]
+    assert await held(http, "r2") == []
     assert (await complete(http, store, "")).status_code == 200

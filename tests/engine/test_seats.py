@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from act_serve.engine.seats import Seats
+from act_serve.engine.seats import Occupancy, Seats
 from act_serve.errors import EngineError, RequestError
 
 
@@ -132,3 +132,18 @@ async def test_pinned_abilities_leave_only_when_the_others_make_too_little_room(
     assert engine.evicted == ["b", "c", "d"], "a is the least recently used one, and stays"
     await engine.run({"f": 10})
     assert engine.evicted[3:] == ["e", "a"]
+
+
+async def test_it_says_who_uses_and_who_waits_for_what() -> None:
+    engine, busy = Engine(10), asyncio.Event()
+    assert engine.seats.occupancy() == {}
+    holder = asyncio.create_task(engine.run({"a": 6}, busy))
+    await asyncio.sleep(0.01)
+    waiters = [asyncio.create_task(engine.run({"b": 6})) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    assert engine.seats.occupancy() == {"a": Occupancy(6, 1, 0, True), "b": Occupancy(0, 0, 2, False)}
+    busy.set()
+    await asyncio.gather(holder, *waiters)
+    assert engine.seats.occupancy() == {"b": Occupancy(6, 0, 0, False)}
+    await asyncio.gather(engine.run({"c": 6}, fail=True), return_exceptions=True)
+    assert "c" not in engine.seats.occupancy()

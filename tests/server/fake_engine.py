@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import uvicorn
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from act_serve.engine.held import HELD_PATH, Held
 from act_serve.server.lease import DEAD_HEADER
 
 
@@ -26,11 +28,13 @@ class FakeEngine:
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, str], Any]] = []
         self.cancelled = threading.Event()
+        self.held: list[Held] = []
         self.url = ""
         self.app = Starlette(
             routes=[
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
+                Route(f"{HELD_PATH}/{{name}}", self._held),
                 Route("/{path:path}", self._answer, methods=["GET", "POST", "DELETE"]),
             ]
         )
@@ -40,6 +44,9 @@ class FakeEngine:
 
     async def _health(self, request: Request) -> Response:
         return Response()
+
+    async def _held(self, request: Request) -> Response:
+        return JSONResponse([asdict(held) for held in self.held])
 
     async def _metrics(self, request: Request) -> Response:
         return PlainTextResponse('# HELP m help\n# TYPE m counter\nm{a="1"} 2.0\nplain 3\n')
