@@ -101,8 +101,12 @@ def test_full_queues_are_answered_with_429_and_when_to_come_back(url: str) -> No
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_stream_of_a_replica_that_ends_without_a_word(url: str, how: signal.Signals) -> None:
     """A stopped process keeps its connections open: only Ray's health check finds out, and ends it."""
+    _wait_for_two(url)
     with httpx.stream("POST", url + CHAT, json={"fake": "endless"}, timeout=180) as reply:
         os.kill(int(reply.headers["x-process"]), how)
+        ready = httpx.get(f"{url}/ready", timeout=30)
+        assert ready.status_code == 200, "one replica that is silent or dead hides no living one"
+        assert ready.json()["alive"] == 1
         text = "".join(reply.iter_text())
     assert '"code": 503' in text.splitlines()[-2 if text.endswith("\n\n") else -1], text[-300:]
     assert _ask(url, "stream").status_code == 200
