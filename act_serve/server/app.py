@@ -27,13 +27,19 @@ from act_serve.server.http_errors import answer_error
 from act_serve.server.inference import Inference
 from act_serve.server.keys import Clock, Keys
 from act_serve.server.metrics import RouterMetrics
+from act_serve.server.observe import Observed
 from act_serve.server.openapi import document
+from act_serve.server.request_log import open_request_log
 from act_serve.server.skill_watch import SkillWatch
 from act_serve.server.upstream import Upstream
 
 
 def build_app(
-    settings: ServerSettings, base_model: str, open_upstream: Callable[[], Upstream], clock: Clock = time.monotonic
+    settings: ServerSettings,
+    base_model: str,
+    open_upstream: Callable[[], Upstream],
+    clock: Clock = time.monotonic,
+    named_in_front: bool = False,
 ) -> FastAPI:
     """The app of one router.
 
@@ -42,6 +48,7 @@ def build_app(
         base_model: the name that clients use for the base.
         open_upstream: gives the seam to the engines; called once, when the app starts.
         clock: of the keys' rate limits, in seconds.
+        named_in_front: as in :class:`~act_serve.server.observe.Observed`.
 
     Raises:
         ProfileError: the keys file is wrong.
@@ -52,6 +59,7 @@ def build_app(
     policy = Policy(base_model, settings.default_abilities, settings.allow_negative_weights)
     metrics = RouterMetrics()
     keys = Keys(settings.keys, clock)
+    open_request_log()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,6 +79,7 @@ def build_app(
                 async with contextlib.AsyncExitStack() as stack:
                     if address is not None:
                         aside = _application()
+                        aside.add_middleware(Observed, metrics=metrics, log_format=settings.log_format)
                         aside.include_router(control)
                         aside.include_router(admin_routes(settings, store, watch, keys))
                         await stack.enter_async_context(listening(aside, address))
@@ -81,6 +90,7 @@ def build_app(
                     await watching
 
     app = _application(lifespan=lifespan)
+    app.add_middleware(Observed, metrics=metrics, log_format=settings.log_format, named_in_front=named_in_front)
     app.openapi = document(app)  # type: ignore[method-assign]
     return app
 
