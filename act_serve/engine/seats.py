@@ -31,11 +31,15 @@ class Seats(Generic[Key]):
         max_bytes: budget of all resident abilities.
         evict: called for each ability that must leave, when no request uses it.
         pinned: says which abilities leave only when the others do not make enough room.
+
+    Attributes:
+        waiting: requests whose abilities are not resident yet.
     """
 
     max_bytes: int
     evict: Callable[[Key], Awaitable[None]]
     pinned: Callable[[Iterable[Key]], Collection[Key]] = lambda _: ()
+    waiting: int = 0
     _seats: dict[Key, _Seat] = field(default_factory=dict)  # least recently used first
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _left: asyncio.Event = field(default_factory=asyncio.Event)
@@ -44,6 +48,9 @@ class Seats(Generic[Key]):
     def bytes(self) -> int:
         """Bytes of the resident abilities."""
         return sum(seat.size for seat in self._seats.values())
+
+    def __len__(self) -> int:
+        return len(self._seats)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._seats
@@ -67,13 +74,17 @@ class Seats(Generic[Key]):
                 f"at most {self.max_bytes / 2**20:.1f} MiB resident; use fewer at once, or raise max_resident_bytes",
                 param="abilities",
             )
-        async with self._turn:
-            if not self._ready(sizes):
-                await self._make_room(sizes)
-                await load()
-                for key, size in sizes.items():
-                    self._seats.setdefault(key, _Seat(size)).closing = False
-            self._use(sizes)
+        self.waiting += 1
+        try:
+            async with self._turn:
+                if not self._ready(sizes):
+                    await self._make_room(sizes)
+                    await load()
+                    for key, size in sizes.items():
+                        self._seats.setdefault(key, _Seat(size)).closing = False
+                self._use(sizes)
+        finally:
+            self.waiting -= 1
 
     def leave(self, sizes: Mapping[Key, int]) -> None:
         """Ends what :meth:`take` began."""
