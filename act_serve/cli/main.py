@@ -34,6 +34,7 @@ EXTRAS = {
         "torch",
         "transformers",
     ),
+    "otel": ("opentelemetry",),
     "s3": ("s3fs",),
     "serve": (
         "aiohttp",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +16,11 @@ from act_serve.server.metrics import RouterMetrics
 from act_serve.server.paths import path_label
 from act_serve.server.request_log import log_request
 from act_serve.server.request_record import REQUEST_ID_HEADER, RequestRecord
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from act_serve.server.tracing import RequestTracer
 
 # What probes ask every few seconds would hide what clients ask.
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
@@ -31,12 +37,14 @@ class Observed:
         log_format: of the log's lines.
         named_in_front: a server in front adds the request's header ``x-request-id`` to the answer itself, as Ray
             Serve's does, so that it is added here only where it differs.
+        tracer: makes spans of requests that are no probes; None makes none.
     """
 
     app: ASGIApp
     metrics: RouterMetrics
     log_format: LogFormat
     named_in_front: bool = False
+    tracer: RequestTracer | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; what was not foreseen is answered with an error object, too."""
@@ -46,6 +54,7 @@ class Observed:
         given = Headers(scope=scope).get(REQUEST_ID_HEADER)
         record = RequestRecord.begin(scope)
         MutableHeaders(scope=scope)[REQUEST_ID_HEADER] = record.id  # the engine gets it with the others
+        span = None if self.tracer is None or scope["path"] in _PROBES else self.tracer.begin(scope)
         status = 0
 
         async def named(message: Message) -> None:
@@ -67,16 +76,17 @@ class Observed:
                 raise
             await send_error(named, exc)
         finally:
-            self._ended(scope, record, record.status or status)
+            # A request that is cancelled before its answer has the status of a client that has gone.
+            self._ended(scope, record, record.status or status or 499, span)
 
-    def _ended(self, scope: Scope, record: RequestRecord, status: int) -> None:
-        # A request that is cancelled before its answer has the status of a client that has gone.
-        status = status or 499
+    def _ended(self, scope: Scope, record: RequestRecord, status: int, span: Span | None) -> None:
         path = scope["path"]
         if path in _PROBES and status < 400:
             return
         route = scope.get("route")
         label = route.path if isinstance(route, APIRoute) else path_label(path)  # the router's own, or an engine's
+        if self.tracer is not None and span is not None:
+            self.tracer.end(span, record, label, status)
         self.metrics.requests.labels(label, status).inc()
         if record.error in _REJECTIONS:
             self.metrics.rejections.labels(_REJECTIONS[record.error]).inc()

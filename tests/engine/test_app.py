@@ -62,10 +62,10 @@ async def test_more_abilities_than_room(client: tuple[httpx.AsyncClient, Any, St
     replies = await asyncio.gather(*(complete(http, store, text) for text in texts))
     assert seats.bytes <= seats.max_bytes
     page = parse_metrics((await http.get("/metrics")).text, 0).sum
-    assert (page("act_resident_bytes"), page("act_resident_abilities")) == (seats.bytes, len(seats))
-    assert page("act_ability_loads_total") == page("act_ability_evictions_total") + len(seats)
+    assert 0 < page("act_resident_bytes") <= page("act_resident_bytes_limit") == seats.max_bytes
+    assert page("act_ability_evictions_total") > 0
+    assert page("act_ability_loads_total") == page("act_ability_evictions_total") + page("act_resident_abilities")
     assert page("act_ability_load_seconds_count") > ROOM
-    assert page("act_compositions_waiting") == 0
     prompt = AutoTokenizer.from_pretrained(base)(PROMPT)["input_ids"]
     answers = {}
     for text, reply in zip(texts, replies, strict=True):
