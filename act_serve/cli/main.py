@@ -35,6 +35,7 @@ EXTRAS = {
         "torch",
         "transformers",
     ),
+    "otel": ("opentelemetry",),
     "s3": ("s3fs",),
     "serve": (
         "aiohttp",

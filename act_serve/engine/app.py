@@ -55,7 +55,8 @@ async def engine_app(settings: EngineSettings) -> AsyncIterator[FastAPI]:
         await compositions.load_pinned()
         keeping = asyncio.create_task(compositions.keep_pinned())
         try:
-            yield app
+            with compositions.metrics.shown():
+                yield app
         finally:
             keeping.cancel()
 

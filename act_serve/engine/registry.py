@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection, Iterable, Set
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from act_serve.delta.manifest import Counts
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.admission import Admission, split_model
 from act_serve.engine.held import Held
+from act_serve.engine.metrics import AbilityMetrics
 from act_serve.engine.resolver import adapter_request
 from act_serve.engine.seats import Seats
 from act_serve.errors import ActServeError, EngineError, RequestError, StoreError, UnknownAbilityError
@@ -61,6 +63,7 @@ class CompositionRegistry:
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._value_bytes = engine_client.model_config.dtype.itemsize
         self.seats = Seats(max_resident_bytes, self._evict, self._pinned)
+        self.metrics = AbilityMetrics(self.seats)
         self._leaving: set[AbilityKey] = set()
         self._pinned_before: set[AbilityKey] = set()
         self._left_out: set[AbilityKey] = set()
@@ -164,9 +167,10 @@ class CompositionRegistry:
         Under load every call waits for the running step to end, so what leaves goes with the call that starts the
         loading, and the call that finds it done makes the abilities resident.
         """
+        start_s = time.perf_counter()
         for key in keys:  # the disk's cache may have evicted it since it was admitted
             await asyncio.to_thread(self._admission.store.fetch, key.name, key.version)
-        wanted = [astuple(key) for key in keys]
+        wanted, lacking = [astuple(key) for key in keys], sum(key not in self.seats for key in keys)
         try:
             while True:
                 leaving = self._leaving - keys
@@ -176,6 +180,8 @@ class CompositionRegistry:
                     if error:
                         raise getattr(errors, error)(message)
                 if all(resident for resident, _, _ in reports):
+                    self.metrics.loads.inc(lacking)
+                    self.metrics.load_seconds.observe(time.perf_counter() - start_s)
                     return
                 await asyncio.sleep(_POLL_S)
         except BaseException:  # the request may have gone, too; some workers may have what others lack
@@ -203,6 +209,7 @@ class CompositionRegistry:
         for model in [model for model, known in self._known.items() if key in known.sizes]:
             self._adapters.pop(model, None)
         self._leaving.add(key)
+        self.metrics.evictions.inc()
 
     async def _forget_oldest(self) -> None:
         while len(self._known) > _CAPACITY:

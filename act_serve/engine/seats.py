@@ -49,11 +49,15 @@ class Seats(Generic[Key]):
         max_bytes: budget of all resident abilities.
         evict: called for each ability that must leave, when no request uses it.
         pinned: says which abilities leave only when the others do not make enough room.
+
+    Attributes:
+        waiting: requests whose abilities are not resident yet.
     """
 
     max_bytes: int
     evict: Callable[[Key], Awaitable[None]]
     pinned: Callable[[Iterable[Key]], Collection[Key]] = lambda _: ()
+    waiting: int = 0
     _seats: dict[Key, _Seat] = field(default_factory=dict)  # least recently used first
     _waiting: Counter[Key] = field(default_factory=Counter)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -63,6 +67,9 @@ class Seats(Generic[Key]):
     def bytes(self) -> int:
         """Bytes of the resident abilities."""
         return sum(seat.size for seat in self._seats.values())
+
+    def __len__(self) -> int:
+        return len(self._seats)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._seats
@@ -94,6 +101,7 @@ class Seats(Generic[Key]):
             )
         missing = [key for key in sizes if not self._ready([key])]
         self._waiting.update(missing)
+        self.waiting += 1
         try:
             async with self._turn:
                 if not self._ready(sizes):
@@ -105,6 +113,7 @@ class Seats(Generic[Key]):
         finally:
             self._waiting.subtract(missing)
             self._waiting = +self._waiting  # without those that nobody waits for
+            self.waiting -= 1
 
     def leave(self, sizes: Mapping[Key, int]) -> None:
         """Ends what :meth:`take` began."""

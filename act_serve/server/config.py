@@ -26,6 +26,8 @@ from act_serve.errors import ProfileError, RequestError
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})")
 _MAX_PORT = 65_535
+LogFormat = Literal["plain", "json"]
+
 _UNKNOWN = "extra_forbidden"  # pydantic's word
 _ITSELF = "it is a setting of its own, of the same name"
 _SET_HERE = "act-serve sets it itself, and abilities need the value that it sets"
@@ -38,6 +40,7 @@ _OWNED = {
     "additional_config": "use the settings store and max_resident_bytes",
     **dict.fromkeys(("middleware", "worker_cls", "enable_lora", "max_lora_rank"), _SET_HERE),
     **dict.fromkeys(("max_loras", "max_cpu_loras"), _MAX_LORAS),
+    "otlp_traces_endpoint": "use the setting otlp_endpoint",
     "lora_modules": "put abilities into the store",
     "kv_cache_memory_bytes": "use the setting kv_cache_gib",
     "api_key": "use the setting keys; clients' keys end at the router",
@@ -107,6 +110,9 @@ class ServerSettings(BaseModel):
         keys: file of the API keys (docs/security.md); without one everybody may ask, and nobody may change anything.
         control_address: HOST:PORT for the routes that change what is served, which clients' own address then refuses;
             None: both have one address.
+        log_format: of the line that each request writes to stderr: plain, or json for one object per line.
+        otlp_endpoint: URL that takes spans of requests as OTLP over HTTP, such as http://collector:4318/v1/traces; the
+            engines send theirs there, too. Needs the extra otel.
         metrics_need_key: whether /metrics is only for callers with a key, of any role.
         allowed_sources: folders that an admin may have abilities added from (docs/control-plane.md); uploads need none.
         max_ability_bytes: the most that an added ability may have, packed and unpacked.
@@ -145,6 +151,8 @@ class ServerSettings(BaseModel):
     keys: Path | None = None
     control_address: Annotated[str | None, AfterValidator(_check_address)] = None
     metrics_need_key: bool = False
+    log_format: LogFormat = "plain"
+    otlp_endpoint: str | None = None
     allowed_sources: Annotated[tuple[Path, ...], BeforeValidator(_list_from_json)] = ()
     max_ability_bytes: PositiveInt = 2_000_000_000
     drain_s: PositiveFloat = 60.0

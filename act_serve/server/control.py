@@ -17,6 +17,7 @@ from act_serve.server.forward import Forwarder, fetch_text
 from act_serve.server.keys import Key, Keys
 from act_serve.server.metrics import RouterMetrics, merge_pages
 from act_serve.server.replica_states import replica_rows
+from act_serve.server.request_record import record_of
 
 _PROBE_TIMEOUT_S = 2.0
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -35,6 +36,7 @@ def control_routes(
 
     def view_of(request: Request) -> tuple[Key, CatalogueView]:
         key = keys.check(request.headers, None)
+        record_of(request.scope).key = key.id
         return key, visible(catalogue.view, key.abilities)
 
     @routes.get("/health")

@@ -1,7 +1,7 @@
 """Passes a request to an engine replica and its answer back, bytes as they come.
 
 The hot path of a streamed token is one read from the engine's socket and one write to the client's: nothing is
-parsed after the first event, which gets the ``act`` object.
+parsed after the first event, which gets the ``act`` object; the meter searches bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from yarl import URL
 
 from act_serve.errors import NotReadyError
 from act_serve.server import splice
+from act_serve.server.answer_meter import AnswerMeter
 from act_serve.server.http_errors import error_event
 from act_serve.server.lease import DEAD_HEADER
 from act_serve.server.lost import ReplicaLostError, until_lost
@@ -48,6 +49,7 @@ class Exchange:
         body: the whole body.
         report: JSON of the ``act`` object, or None for answers to leave as they are.
         answer_headers: added to an answer that is no error.
+        meter: counts such an answer; None where nothing is generated.
     """
 
     method: str
@@ -56,6 +58,7 @@ class Exchange:
     body: bytes | None
     report: bytes | None = None
     answer_headers: tuple[tuple[bytes, bytes], ...] = ()
+    meter: AnswerMeter | None = None
 
 
 def open_session() -> aiohttp.ClientSession:
@@ -128,6 +131,8 @@ async def _relay_whole(exchange: Exchange, replica: Replica, reply: aiohttp.Clie
     async with _sure(replica):
         body = await reply.read()
     if exchange.report is not None and reply.status < 400 and reply.content_type == "application/json":
+        if exchange.meter is not None:
+            exchange.meter.whole(body)
         body = splice.into_object(body, exchange.report)
     length = (b"content-length", str(len(body)).encode())
     await send(_start(exchange, reply, [length]))
@@ -149,6 +154,8 @@ async def _relay_events(exchange: Exchange, replica: Replica, reply: aiohttp.Cli
                     whole, pending = splice.whole_events(pending)
                 if whole:
                     await send({"type": "http.response.body", "body": whole, "more_body": True})
+                    if exchange.meter is not None:
+                        exchange.meter.passed(whole)
                 chunk = await reply.content.readany()
                 if not chunk:
                     break
@@ -156,6 +163,9 @@ async def _relay_events(exchange: Exchange, replica: Replica, reply: aiohttp.Cli
     except ReplicaLostError as exc:
         _log.warning("a replica failed in the middle of a stream: %s", exc)
         pending = error_event("the engine replica failed in the middle of this answer; send it again", exchange.path)
+    finally:
+        if exchange.meter is not None:
+            exchange.meter.stream_ended()
     await send({"type": "http.response.body", "body": pending})
 
 

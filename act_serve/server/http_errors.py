@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Send
 
 from act_serve.errors import ActServeError, AuthenticationError, OverloadedError
+from act_serve.server.request_record import record_of
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def error_headers(exc: Exception) -> dict[str, str]:
 
 async def answer_error(request: Request, exc: Exception) -> JSONResponse:
     """What the app's own routes answer when they raise; send_error does the same without FastAPI."""
+    record_of(request.scope).error = type(exc).__name__
     status, body = error_object(exc)
     return JSONResponse(body, status, error_headers(exc))
 

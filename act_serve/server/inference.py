@@ -15,13 +15,15 @@ from starlette.types import Receive, Scope, Send
 from act_serve.abilities.resolve import FIELDS, Policy, Resolution, resolve
 from act_serve.engine.settings import MODEL_HEADER
 from act_serve.errors import PermissionDeniedError, UnknownAbilityError
+from act_serve.server.answer_meter import AnswerMeter
 from act_serve.server.catalogue_watch import CatalogueWatch
 from act_serve.server.forward import Exchange, Forwarder
 from act_serve.server.http_errors import send_error
 from act_serve.server.keys import SECRET_HEADERS, Key, Keys
 from act_serve.server.metrics import RouterMetrics
-from act_serve.server.paths import check_path, path_label
+from act_serve.server.paths import check_path
 from act_serve.server.request_body import ClientGoneError, is_json, parse_body, read_body
+from act_serve.server.request_record import RequestRecord, record_of
 
 # Internal to the hop between router and engine, or read by vLLM as another choice of the model
 # (vllm/entrypoints/serve/sagemaker): a client's own value must not get there.
@@ -44,22 +46,24 @@ class Inference:
         if scope["type"] != "http":
             return
         started = _Started(send)
-        path = path_label(scope["path"])
+        record = record_of(scope)
         with self.metrics.in_flight.track_inprogress():
             try:
                 exchange = await self._exchange(scope, receive)
-                status = await _unless_gone(self.forwarder.forward(exchange, started), receive, started)
+                await _unless_gone(self.forwarder.forward(exchange, started), receive, started)
             except ClientGoneError:
                 self.metrics.disconnects.inc()
-                status = 499
+                record.status = 499
             except Exception as exc:
                 if started.already:
                     raise
-                status = await send_error(send, exc)
-        self.metrics.requests.labels(path, status).inc()
+                record.error = type(exc).__name__
+                await send_error(send, exc)
 
     async def _exchange(self, scope: Scope, receive: Receive) -> Exchange:
         key = self.keys.check(Headers(scope=scope), "infer")
+        record = record_of(scope)
+        record.key = key.id
         path = scope["raw_path"].decode("ascii")
         check_path(scope["path"])
         query = scope["query_string"].decode("ascii")
@@ -68,13 +72,17 @@ class Inference:
         headers = [(name, value) for name, value in headers if _passes(name.lower())]
         body = await read_body(receive, scope, self.max_body_bytes)
         if scope["method"] == "POST" and is_json(scope):
-            return await self._resolved(parse_body(body), target, headers, key)
+            return await self._resolved(parse_body(body), target, headers, key, record)
         if body and key.abilities is not None:  # the engine reads the field model in there
             raise PermissionDeniedError("this API key is for certain abilities, so its requests must be JSON")
         return Exchange(scope["method"], target, headers, body or None)
 
-    async def _resolved(self, body: dict[str, Any], target: str, headers: list[tuple[str, str]], key: Key) -> Exchange:
+    async def _resolved(
+        self, body: dict[str, Any], target: str, headers: list[tuple[str, str]], key: Key, record: RequestRecord
+    ) -> Exchange:
         resolution = await self._resolve(body, key)
+        record.composition = resolution.composition.header()
+        meter = AnswerMeter(self.metrics, [a.name for a in resolution.composition.abilities], record)
         for name in FIELDS:
             body.pop(name, None)
         body["model"] = resolution.model(self.policy.base_model)
@@ -83,7 +91,7 @@ class Inference:
         if resolution.composition:
             headers.append((MODEL_HEADER, body["model"]))
         report = json.dumps(resolution.report()).encode()
-        return Exchange("POST", target, headers, json.dumps(body).encode(), report, _answer_headers(resolution))
+        return Exchange("POST", target, headers, json.dumps(body).encode(), report, _answer_headers(resolution), meter)
 
     def _resolve_now(self, body: dict[str, Any], key: Key) -> Resolution:
         view, skills = self.catalogue.view, self.catalogue.skills
@@ -99,10 +107,10 @@ class Inference:
             resolution = self._resolve_now(body, key)
         self.metrics.decision.observe(time.perf_counter() - start)
         for ability in resolution.composition.abilities:
-            self.metrics.abilities.labels(ability.name).inc()
+            self.metrics.abilities.labels(self.metrics.label(ability.name)).inc()
         if resolution.auto:
             for name in [a.name for a in resolution.composition.abilities] or ["none"]:
-                self.metrics.auto.labels(name).inc()
+                self.metrics.auto.labels(self.metrics.label(name)).inc()
         return resolution
 
 

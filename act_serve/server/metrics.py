@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 _DECISION_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
+_FIRST_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_BETWEEN_BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+# An ability is a label of two histograms, so a large store must not become as many time series.
+_MAX_ABILITIES = 50
 _SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{)?(.*)$", re.DOTALL)
 
 
@@ -45,10 +49,35 @@ class RouterMetrics:
         self.disconnects = Counter(
             "act_router_disconnects_total", "Clients gone before the end of their answer.", registry=self._registry
         )
+        self.rejections = Counter(
+            "act_rejections_total", "Requests refused with 429, by reason: queue_full, rate_limit.", ["reason"],
+            registry=self._registry,
+        )  # fmt: skip
+        self.first_token = Histogram(
+            "act_time_to_first_token_seconds", "From a streamed request's arrival to its first event, by ability.",
+            ["ability"], buckets=_FIRST_BUCKETS_S, registry=self._registry,
+        )  # fmt: skip
+        self.between_tokens = Histogram(
+            "act_time_between_tokens_seconds", "Between two events of a stream, by ability.",
+            ["ability"], buckets=_BETWEEN_BUCKETS_S, registry=self._registry,
+        )  # fmt: skip
+        self.tokens = Counter(
+            "act_generated_tokens_total", "Tokens of answers, by ability; 'none' is the base alone.", ["ability"],
+            registry=self._registry,
+        )  # fmt: skip
+        self._labels: set[str] = set()
         self.store_stale = Gauge(
             "act_store_stale_seconds", "Since when the ability store cannot be read; 0: it can.",
             registry=self._registry,
         )  # fmt: skip
+
+    def label(self, ability: str) -> str:
+        """The ability's name among the first fifty that were used here, else "other"."""
+        if ability not in self._labels:
+            if len(self._labels) >= _MAX_ABILITIES:
+                return "other"
+            self._labels.add(ability)
+        return ability
 
     def text(self) -> str:
         """The page of this router alone."""

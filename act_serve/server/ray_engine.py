@@ -40,6 +40,8 @@ class Engine:
     async def __init__(self, settings: ServerSettings, folder: Path | None, name: str) -> None:  # type: ignore[misc]
         # Ray sets it to the replica's CPUs, often 1; vLLM chooses its threads itself.
         os.environ.pop("OMP_NUM_THREADS", None)
+        if settings.otlp_endpoint:  # vLLM's default is gRPC (vllm/tracing/otel.py)
+            os.environ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = "http/protobuf"
         from act_serve.engine.app import engine_app
         from act_serve.engine.settings import EngineSettings
 
@@ -100,9 +102,12 @@ class Engine:
 
 
 def _engine_args(settings: ServerSettings) -> dict[str, Any]:
-    if not settings.tool_call_parser:
-        return settings.engine_args
-    return {"enable_auto_tool_choice": True, "tool_call_parser": settings.tool_call_parser, **settings.engine_args}
+    args = dict(settings.engine_args)
+    if settings.tool_call_parser:
+        args |= {"enable_auto_tool_choice": True, "tool_call_parser": settings.tool_call_parser}
+    if settings.otlp_endpoint:
+        args["otlp_traces_endpoint"] = settings.otlp_endpoint
+    return args
 
 
 def replica_headers(token: str) -> dict[str, str]:

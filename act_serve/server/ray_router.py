@@ -122,7 +122,7 @@ def router_class(settings: ServerSettings, base_model: str) -> type:
         open_upstream: Callable[[], RayUpstream] = lambda: RayUpstream(  # noqa: E731
             serve.get_deployment_handle(ENGINE, application), settings.replica_wait_s
         )
-        return build_app(settings, base_model, open_upstream)
+        return build_app(settings, base_model, open_upstream, named_in_front=True)
 
     @serve.ingress(build)
     class Router:

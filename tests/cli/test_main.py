@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -9,6 +10,19 @@ from pathlib import Path
 import pytest
 
 from act_serve.cli.main import app
+from act_serve.errors import (
+    ActServeError,
+    ArtifactDamagedError,
+    BaseMismatchError,
+    BuildError,
+    DataError,
+    EngineError,
+    GainError,
+    ProfileError,
+    RequestError,
+    RetentionError,
+    StoreError,
+)
 from act_serve.server.keys import Key, Keys
 from tests.abilities.manifests import publish
 
@@ -88,6 +102,26 @@ def test_users_mistakes_are_one_line_and_an_exit_code(words: list[str], code: in
     assert message in done.stderr
     assert done.stderr.startswith("act-serve: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(EngineError, 1), (StoreError, 1), (ProfileError, 2), (DataError, 2), (RequestError, 2), (BuildError, 3),
+     (RetentionError, 4), (GainError, 4), (ArtifactDamagedError, 5), (BaseMismatchError, 5)],
+)  # fmt: skip
+def test_the_documented_exit_codes(error: type[ActServeError], code: int) -> None:
+    assert error.exit_code == code
+    assert f"| {code} |" in (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("act-serve ab", {"ability"}), ("act-serve ability a", {"add", "activate"})]
+)
+def test_the_shell_completes_commands(typed: str, offered: set[str]) -> None:
+    code = "import sys; sys.argv[0] = 'act-serve'; from act_serve.cli.main import main; main()"
+    words = {"_ACT_SERVE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **words})
+    assert set(done.stdout.split()) == offered
 
 
 def test_a_busy_port_is_said_before_anything_starts() -> None:

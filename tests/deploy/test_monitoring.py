@@ -10,17 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 
+from act_serve.engine.metrics import AbilityMetrics
+from act_serve.engine.seats import Seats
 from act_serve.server.metrics import RouterMetrics
 from tests.deploy.manifests import DEPLOY, MONITORING, documents, ray_service
 
+_OF_ENGINES = re.compile(r"vllm:|act_resident_|act_ability_(?:load|evict)|act_compositions_")
 _METRIC = re.compile(r"\b(?:act_|vllm:)\w+")
 _DEFINED = re.compile(r'self\._(gauge|counter|histogram)_cls\(\s*name="(vllm:\w+)"')
 _SUFFIXES = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 
 
-def router_metrics() -> set[str]:
-    page = RouterMetrics().text()
+async def _stays(key: str) -> None: ...
+
+
+def own_metrics() -> set[str]:
+    page = RouterMetrics().text() + generate_latest(AbilityMetrics(Seats(1, _stays)).registry).decode()
     families = dict(line.split()[2:4] for line in page.splitlines() if line.startswith("# TYPE"))
     return {
         name + suffix for name, kind in families.items() for suffix in (("",) if kind == "counter" else _SUFFIXES[kind])
@@ -51,7 +58,7 @@ def expressions() -> Iterator[str]:
 
 
 def test_every_metric_exists() -> None:
-    known = router_metrics() | engine_metrics()
+    known = own_metrics() | engine_metrics()
     used = {metric for expression in expressions() for metric in _METRIC.findall(expression)}
     assert {"act_requests_total", "vllm:num_requests_waiting"} <= used
     assert used - known == set()
@@ -67,8 +74,9 @@ def test_every_expression_asks_for_this_job_and_is_balanced() -> None:
 
 def test_engines_are_counted_once_though_every_router_shows_them() -> None:
     for expression in expressions():
-        if "vllm:" in expression and not expression.startswith("absent("):
-            assert expression.count("max by (replica") == expression.count("vllm:"), expression
+        of_engines = len(_OF_ENGINES.findall(expression))
+        if of_engines and not expression.startswith("absent("):
+            assert expression.count("max by (replica") == of_engines, expression
 
 
 def test_every_alert_is_in_the_run_book() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from act_serve.abilities.changes import pin
 from act_serve.abilities.store import Store
+from act_serve.cli.metrics_page import parse_metrics
 from act_serve.delta.manifest import TENSORS_FILE
 from act_serve.engine.held import HELD_PATH
 from act_serve.engine.settings import MODEL_HEADER, EngineSettings
@@ -66,6 +67,11 @@ async def test_more_abilities_than_room(client: tuple[httpx.AsyncClient, Any, St
     texts = ["", "r0", "r1", "r2+r3*0.5", "r3", "r0*0.5+r2"] * 4
     replies = await asyncio.gather(*(complete(http, store, text) for text in texts))
     assert seats.bytes <= seats.max_bytes
+    page = parse_metrics((await http.get("/metrics")).text, 0).sum
+    assert 0 < page("act_resident_bytes") <= page("act_resident_bytes_limit") == seats.max_bytes
+    assert page("act_ability_evictions_total") > 0
+    assert page("act_ability_loads_total") == page("act_ability_evictions_total") + page("act_resident_abilities")
+    assert page("act_ability_load_seconds_count") > ROOM
     prompt = AutoTokenizer.from_pretrained(base)(PROMPT)["input_ids"]
     answers = {}
     for text, reply in zip(texts, replies, strict=True):

@@ -7,7 +7,9 @@ import random
 from collections.abc import Mapping
 
 import pytest
+from prometheus_client import REGISTRY
 
+from act_serve.engine.metrics import AbilityMetrics
 from act_serve.engine.seats import Occupancy, Seats
 from act_serve.errors import EngineError, RequestError
 
@@ -147,3 +149,24 @@ async def test_it_says_who_uses_and_who_waits_for_what() -> None:
     assert engine.seats.occupancy() == {"b": Occupancy(6, 0, 0, False)}
     await asyncio.gather(engine.run({"c": 6}, fail=True), return_exceptions=True)
     assert "c" not in engine.seats.occupancy()
+
+
+async def test_the_metrics_show_what_is_resident_and_who_waits() -> None:
+    engine, busy = Engine(10), asyncio.Event()
+    page = AbilityMetrics(engine.seats).registry.get_sample_value
+    holder = asyncio.create_task(engine.run({"a": 6}, busy))
+    waiters = [asyncio.create_task(engine.run({"b": 4, "c": 6})) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    assert (page("act_resident_abilities"), page("act_resident_bytes")) == (1, 6)
+    assert (page("act_resident_bytes_limit"), page("act_compositions_waiting")) == (10, 2)
+    waiters.pop().cancel()
+    busy.set()
+    await asyncio.wait_for(asyncio.gather(holder, *waiters), 1)
+    assert (page("act_resident_abilities"), page("act_compositions_waiting")) == (2, 0)
+
+
+def test_one_process_can_have_engines_one_after_another() -> None:
+    for _ in range(2):
+        with AbilityMetrics(Seats(10, Engine(10).evict)).shown():
+            assert REGISTRY.get_sample_value("act_resident_bytes_limit") == 10
+    assert REGISTRY.get_sample_value("act_resident_bytes_limit") is None

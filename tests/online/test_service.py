@@ -78,6 +78,14 @@ def test_health_readiness_and_metrics(server: ServerProcess, client: OpenAI) -> 
     page = httpx.get(f"{server.url}/metrics").text
     assert 'act_ability_requests_total{ability="fr"}' in page
     assert "vllm:generation_tokens_total{replica=" in page
+    assert "act_resident_abilities{replica=" in page
+    assert 'act_generated_tokens_total{ability="fr"}' in page
+
+
+def test_every_answer_has_one_request_id(server: ServerProcess) -> None:
+    for given in ({}, {"x-request-id": "a-1"}):
+        (answered,) = httpx.get(f"{server.url}/v1/models", headers=given).headers.get_list("x-request-id")
+        assert answered == given.get("x-request-id", answered)
 
 
 def test_abilities_are_listed_and_shown(server: ServerProcess) -> None:

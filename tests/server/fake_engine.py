@@ -72,6 +72,8 @@ class FakeEngine:
             if _only_once(raw):
                 os.kill(os.getpid(), signal.SIGKILL)
             return JSONResponse({"id": "x"})
+        if how == "usage":
+            return JSONResponse({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 7}})
         if how == "array":
             return JSONResponse([1, 2])
         if how:
@@ -98,6 +100,8 @@ class FakeEngine:
                     yield b'data: {"n": 2'
                     raise ConnectionError
                 yield f'data: {{"n": {n}}}\n\n'.encode()
+            if how == "stream with usage":
+                yield b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":9}}\n\n'
             yield b"data: [DONE]\n\n"
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.set()
