@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from act_serve.server.tracing import RequestTracer
 
-# What probes ask every few seconds would hide what clients ask.
+# What probes ask every few seconds would hide what clients ask, and the 503 of a server that starts would raise alerts.
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
 _REJECTIONS = {"OverloadedError": "queue_full", "RateLimitError": "rate_limit"}
 
@@ -81,7 +81,7 @@ class Observed:
 
     def _ended(self, scope: Scope, record: RequestRecord, status: int, span: Span | None) -> None:
         path = scope["path"]
-        if path in _PROBES and status < 400:
+        if path in _PROBES:
             return
         route = scope.get("route")
         label = route.path if isinstance(route, APIRoute) else path_label(path)  # the router's own, or an engine's

@@ -98,6 +98,13 @@ def test_the_routers_own_routes_are_counted_and_probes_are_not(client: httpx.Cli
     assert total(client, "act_requests_total") == 4
 
 
+def test_a_server_that_is_not_ready_counts_no_errors(store: Path) -> None:
+    gone = FixedUpstream(Replica("r1", "http://127.0.0.1:9"))
+    with serving(build_app(ServerSettings(store=store), "base", lambda: gone)) as url, httpx.Client(base_url=url) as c:
+        assert c.get("/ready").status_code == 503
+        assert total(c, "act_requests_total") == 0
+
+
 class Full(FixedUpstream):
     def lease(self, avoid: Any = ()) -> Any:
         raise OverloadedError("every queue is full")
