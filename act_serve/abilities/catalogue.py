@@ -203,6 +203,12 @@ def summary(entry: AbilityEntry) -> dict[str, Any]:
     }
 
 
+def details(entry: AbilityEntry) -> dict[str, Any]:
+    """The summary with the manifest of the active version, or None where it is damaged."""
+    manifest = entry.active.manifest
+    return {**summary(entry), "manifest": manifest and manifest.model_dump(mode="json")}
+
+
 def offer(name: str, known: Iterable[str]) -> str:
     """The tail of an error about an unknown name: near names, else all names, else that there are none."""
     names = sorted(known)

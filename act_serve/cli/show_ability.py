@@ -35,12 +35,10 @@ def show_ability(
 
 
 def _of_store(store: str, name: str) -> dict[str, Any]:
-    from act_serve.abilities.catalogue import Catalogue, summary
+    from act_serve.abilities.catalogue import Catalogue, details
     from act_serve.abilities.store import open_store
 
-    entry = Catalogue(open_store(store)).refresh().ability(name)
-    manifest = entry.active.manifest
-    return {**summary(entry), "manifest": manifest and manifest.model_dump(mode="json")}
+    return details(Catalogue(open_store(store)).refresh().ability(name))
 
 
 def _print_replicas(rows: list[dict[str, Any]]) -> None:

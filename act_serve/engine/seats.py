@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Generic, TypeVar
 
 from act_serve.errors import RequestError
@@ -49,17 +50,13 @@ class Seats(Generic[Key]):
         max_bytes: budget of all resident abilities.
         evict: called for each ability that must leave, when no request uses it.
         pinned: says which abilities leave only when the others do not make enough room.
-
-    Attributes:
-        waiting: requests whose abilities are not resident yet.
     """
 
     max_bytes: int
     evict: Callable[[Key], Awaitable[None]]
     pinned: Callable[[Iterable[Key]], Collection[Key]] = lambda _: ()
-    waiting: int = 0
     _seats: dict[Key, _Seat] = field(default_factory=dict)  # least recently used first
-    _waiting: Counter[Key] = field(default_factory=Counter)
+    _waiting: list[list[Key]] = field(default_factory=list)  # of each request, what it lacked when it came
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _left: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -67,6 +64,11 @@ class Seats(Generic[Key]):
     def bytes(self) -> int:
         """Bytes of the resident abilities."""
         return sum(seat.size for seat in self._seats.values())
+
+    @property
+    def waiting(self) -> int:
+        """Requests whose abilities are not resident yet."""
+        return len(self._waiting)
 
     def __len__(self) -> int:
         return len(self._seats)
@@ -76,9 +78,9 @@ class Seats(Generic[Key]):
 
     def occupancy(self) -> dict[Key, Occupancy]:
         """Every ability that is resident or waited for."""
-        nobody = _Seat(0)
-        seats = {key: self._seats.get(key, nobody) for key in {*self._seats, *self._waiting}}
-        return {key: Occupancy(s.size, s.users, self._waiting[key], s.closing) for key, s in seats.items()}
+        nobody, waiting = _Seat(0), Counter(chain.from_iterable(self._waiting))
+        seats = {key: self._seats.get(key, nobody) for key in {*self._seats, *waiting}}
+        return {key: Occupancy(s.size, s.users, waiting[key], s.closing) for key, s in seats.items()}
 
     async def take(self, sizes: Mapping[Key, int], load: Callable[[], Awaitable[None]]) -> None:
         """Waits until the abilities are resident, and keeps them so until :meth:`leave`.
@@ -100,8 +102,7 @@ class Seats(Generic[Key]):
                 param="abilities",
             )
         missing = [key for key in sizes if not self._ready([key])]
-        self._waiting.update(missing)
-        self.waiting += 1
+        self._waiting.append(missing)
         try:
             async with self._turn:
                 if not self._ready(sizes):
@@ -111,9 +112,7 @@ class Seats(Generic[Key]):
                         self._seats.setdefault(key, _Seat(size)).closing = False
                 self._use(sizes)
         finally:
-            self._waiting.subtract(missing)
-            self._waiting = +self._waiting  # without those that nobody waits for
-            self.waiting -= 1
+            self._waiting.remove(missing)
 
     def leave(self, sizes: Mapping[Key, int]) -> None:
         """Ends what :meth:`take` began."""

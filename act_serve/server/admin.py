@@ -29,7 +29,7 @@ from act_serve.server.keys import Key, Keys
 from act_serve.server.model_source import model_folder, model_source
 from act_serve.server.paths import NoSuchPathError
 from act_serve.server.request_body import parse_body, read_body
-from act_serve.server.request_record import record_of
+from act_serve.server.request_record import recognized
 from act_serve.server.upload import uploaded
 
 _log = logging.getLogger(__name__)
@@ -87,8 +87,7 @@ def admin_routes(
             raise NoSuchPathError(
                 "this server changes nothing of what it serves until a key in its keys file has the role admin"
             )
-        key = keys.check(request.headers, "admin")
-        record_of(request.scope).key = key.id
+        key = recognized(request.scope, keys, "admin")
         check_allowed(names, key.abilities)
         return key
 

@@ -84,8 +84,7 @@ def build_app(
             try:
                 async with contextlib.AsyncExitStack() as stack:
                     if address is not None:
-                        aside = _application()
-                        aside.add_middleware(Observed, **observed)
+                        aside = _application(observed)
                         aside.include_router(control)
                         aside.include_router(admin_routes(settings, store, watch, keys))
                         await stack.enter_async_context(listening(aside, address))
@@ -97,8 +96,7 @@ def build_app(
                 if tracer is not None:
                     await asyncio.to_thread(tracer.close)
 
-    app = _application(lifespan=lifespan)
-    app.add_middleware(Observed, **observed, named_in_front=named_in_front)
+    app = _application({**observed, "named_in_front": named_in_front}, lifespan=lifespan)
     app.openapi = document(app)  # type: ignore[method-assign]
     return app
 
@@ -113,7 +111,8 @@ def _tracer(endpoint: str | None) -> RequestTracer | None:
     return RequestTracer(endpoint)
 
 
-def _application(**options: Any) -> FastAPI:
+def _application(observed: dict[str, Any], **options: Any) -> FastAPI:
     app = FastAPI(title="act-serve", version=__version__, **options)
     app.add_exception_handler(ActServeError, answer_error)
+    app.add_middleware(Observed, **observed)
     return app

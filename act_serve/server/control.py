@@ -10,14 +10,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from act_serve.abilities.allowed import check_allowed, visible
-from act_serve.abilities.catalogue import Catalogue, CatalogueView, summary
+from act_serve.abilities.catalogue import Catalogue, CatalogueView, details, summary
 from act_serve.delta.composition import NAME_PATTERN
 from act_serve.engine.held import HELD_PATH
 from act_serve.server.forward import Forwarder, fetch_text
 from act_serve.server.keys import Key, Keys
 from act_serve.server.metrics import RouterMetrics, merge_pages
 from act_serve.server.replica_states import replica_rows
-from act_serve.server.request_record import record_of
+from act_serve.server.request_record import recognized
 
 _PROBE_TIMEOUT_S = 2.0
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -35,8 +35,7 @@ def control_routes(
     routes = APIRouter()
 
     def view_of(request: Request) -> tuple[Key, CatalogueView]:
-        key = keys.check(request.headers, None)
-        record_of(request.scope).key = key.id
+        key = recognized(request.scope, keys, None)
         return key, visible(catalogue.view, key.abilities)
 
     @routes.get("/health")
@@ -86,10 +85,7 @@ def control_routes(
         rows = replica_rows(known, await _ask_all(forwarder, f"{HELD_PATH}/{name}")) if asked else []
         if known is None and any(row.get("requests") for row in rows):
             return JSONResponse({"name": name, "object": "ability", "status": "removed", "replicas": rows})
-        entry = view.ability(name)
-        manifest = entry.active.manifest
-        body = {**summary(entry), "manifest": manifest and manifest.model_dump(mode="json")}
-        return JSONResponse({**body, "replicas": rows})
+        return JSONResponse({**details(view.ability(name)), "replicas": rows})
 
     return routes
 

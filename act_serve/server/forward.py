@@ -78,8 +78,8 @@ class Forwarder:
     session: aiohttp.ClientSession
     metrics: RouterMetrics
 
-    async def forward(self, exchange: Exchange, send: Send) -> int:
-        """Answers the client and returns the status.
+    async def forward(self, exchange: Exchange, send: Send) -> None:
+        """Answers the client.
 
         Raises:
             NotReadyError: no replica answered; nothing was sent.
@@ -90,13 +90,14 @@ class Forwarder:
             try:
                 async with self.upstream.lease(failed) as replica:
                     failed.append(replica.name)
-                    return await self._relay(exchange, replica, send)
+                    await self._relay(exchange, replica, send)
+                    return
             except ReplicaLostError as exc:
                 _log.warning("a replica failed before its first byte (attempt %d): %s", attempt + 1, exc)
                 self.metrics.retries.inc()
         raise NotReadyError("the engine replica failed twice before it began to answer; try again in a few seconds")
 
-    async def _relay(self, exchange: Exchange, replica: Replica, send: Send) -> int:
+    async def _relay(self, exchange: Exchange, replica: Replica, send: Send) -> None:
         headers = [(name, value) for name, value in exchange.headers if name.lower() not in _HOP]
         headers += replica.headers.items()
         async with _sure(replica):
@@ -114,7 +115,6 @@ class Forwarder:
                 await _relay_events(exchange, replica, reply, send)
             else:
                 await _relay_whole(exchange, replica, reply, send)
-            return reply.status
 
 
 @asynccontextmanager

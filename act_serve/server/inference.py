@@ -9,7 +9,6 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from act_serve.abilities.resolve import FIELDS, Policy, Resolution, resolve
@@ -23,7 +22,7 @@ from act_serve.server.keys import SECRET_HEADERS, Key, Keys
 from act_serve.server.metrics import RouterMetrics
 from act_serve.server.paths import check_path
 from act_serve.server.request_body import ClientGoneError, is_json, parse_body, read_body
-from act_serve.server.request_record import RequestRecord, record_of
+from act_serve.server.request_record import RequestRecord, recognized, record_of
 
 # Internal to the hop between router and engine, or read by vLLM as another choice of the model
 # (vllm/entrypoints/serve/sagemaker): a client's own value must not get there.
@@ -61,9 +60,7 @@ class Inference:
                 await send_error(send, exc)
 
     async def _exchange(self, scope: Scope, receive: Receive) -> Exchange:
-        key = self.keys.check(Headers(scope=scope), "infer")
-        record = record_of(scope)
-        record.key = key.id
+        key = recognized(scope, self.keys, "infer")
         path = scope["raw_path"].decode("ascii")
         check_path(scope["path"])
         query = scope["query_string"].decode("ascii")
@@ -72,7 +69,7 @@ class Inference:
         headers = [(name, value) for name, value in headers if _passes(name.lower())]
         body = await read_body(receive, scope, self.max_body_bytes)
         if scope["method"] == "POST" and is_json(scope):
-            return await self._resolved(parse_body(body), target, headers, key, record)
+            return await self._resolved(parse_body(body), target, headers, key, record_of(scope))
         if body and key.abilities is not None:  # the engine reads the field model in there
             raise PermissionDeniedError("this API key is for certain abilities, so its requests must be JSON")
         return Exchange(scope["method"], target, headers, body or None)
@@ -142,7 +139,7 @@ class _Started:
             self.finished = True
 
 
-async def _unless_gone(work: Coroutine[Any, Any, int], receive: Receive, started: _Started) -> int:
+async def _unless_gone(work: Coroutine[Any, Any, None], receive: Receive, started: _Started) -> None:
     """Runs ``work`` to its end, or cancels it as soon as the client closes the connection."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnect(receive))
@@ -150,7 +147,7 @@ async def _unless_gone(work: Coroutine[Any, Any, int], receive: Receive, started
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done() and not started.finished:
             raise ClientGoneError
-        return await task
+        await task
     finally:
         for future in (task, gone):
             future.cancel()

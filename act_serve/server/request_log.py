@@ -32,19 +32,23 @@ def log_request(record: RequestRecord, status: int, seconds: float, log_format: 
     """
     if not _log.isEnabledFor(logging.INFO):
         return
-    fields = {
-        "request_id": record.id,
-        "key": record.key,
-        "method": record.method,
-        "path": record.path,
-        "status": status,
+    outcome = {
         "composition": record.composition,
         "seconds": round(seconds, 6),
         "tokens": record.tokens,
         "error": record.error,
     }
     if log_format == "json":
-        _log.info("%s", json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}))
+        fields = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": record.id,
+            "key": record.key,
+            "method": record.method,
+            "path": record.path,
+            "status": status,
+            **outcome,
+        }
+        _log.info("%s", json.dumps(fields))
         return
-    rest = " ".join(f"{name}={value}" for name, value in list(fields.items())[5:] if value is not None)
+    rest = " ".join(f"{name}={value}" for name, value in outcome.items() if value is not None)
     _log.info("%s %s %s %d key=%s %s", record.id, record.method, record.path, status, record.key or "-", rest)

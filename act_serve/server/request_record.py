@@ -11,6 +11,9 @@ from typing import cast
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from act_serve.server.keys import Key, Keys
+from act_serve.server.keys_file import Role
+
 REQUEST_ID_HEADER = "x-request-id"
 # It goes into logs and into vLLM's own request ids.
 _WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -55,3 +58,10 @@ class RequestRecord:
 def record_of(scope: Scope) -> RequestRecord:
     """The record of the request that ``scope`` belongs to."""
     return cast("RequestRecord", scope[_IN_SCOPE])
+
+
+def recognized(scope: Scope, keys: Keys, role: Role | None) -> Key:
+    """The key of a request, noted in its record; raises as :meth:`Keys.check` does."""
+    key = keys.check(Headers(scope=scope), role)
+    record_of(scope).key = key.id
+    return key
