@@ -19,28 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 REQUESTS, ABILITIES, SHARE = 16, 4, 0.05
-
-
-def load_model(base: Path, dtype: str, meeting: Path) -> Any:
-    """vLLM's model of a checkpoint as its loader leaves it, before a worker packs the weights."""
-    import torch
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
-    config = EngineArgs(model=str(base), dtype=dtype, enforce_eager=True, max_model_len=64).create_engine_config()
-    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
-        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        initialize_model_parallel()
-        model = initialize_model(vllm_config=config)
-        get_model_loader(config.load_config).load_weights(model, config.model_config)
-    return model
 
 
 def milliseconds(work: Callable[[], object]) -> float:
@@ -69,12 +49,13 @@ def measure(base: Path, work: Path, repeats: int) -> dict[str, float]:
     from act_serve.pipeline.compose import artifacts_of, compose
     from act_serve.pipeline.export_patch import export_patch
     from tests.abilities_for_tests import pinned, publish_random
+    from tests.vllm_models import load_vllm_model
 
     store = Store(work / "store")
     for number in range(ABILITIES):
         publish_random(store, base, f"a{number}", seed=number, share=SHARE)
     patch = export_patch(base=base, deltas=compose(artifacts_of("a0", store.root), base), folder=work / "patch")
-    model = load_model(base, served_dtype("auto"), work / "meeting")
+    model = load_vllm_model(base, work / "meeting", served_dtype("auto"))
     patches = read_weight_patch(patch)
     manager = AbilityManager(fingerprint_model(base), store, 1 << 40)
     with torch.inference_mode():

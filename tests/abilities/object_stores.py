@@ -20,6 +20,7 @@ import fsspec
 import pytest
 
 from act_serve.abilities.store import Store, open_store
+from tests.ports import free_port
 
 BUCKET = "shelf"
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -63,9 +64,7 @@ class MotoServer:
     """moto's S3 on a port of 127.0.0.1; it can be stopped and started again, with all that it held gone."""
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self.start()
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from act_serve.abilities.store import Store
+from act_serve.engine.settings import EngineSettings
 from act_serve.models.loading import embedded_base
 from tests.abilities_for_tests import publish_random
 
@@ -54,6 +55,19 @@ def running_engine(model: Path, store: Store | None = None, **options: Any) -> I
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def settings_with_room(base: Path, store: Store, room: int, **options: Any) -> EngineSettings:
+    """An engine in float32 that keeps so many abilities of the size of the store's ``r0`` resident."""
+    counts = store.manifest("r0").counts
+    return EngineSettings(
+        model=str(base),
+        served_model_name="smol",
+        store=store.root,
+        dtype="float32",
+        max_resident_bytes=room * (counts.parameters * 4 + counts.channels * 8),
+        **options,
+    )
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from act_serve.abilities.store import Store
 from act_serve.cli.metrics_page import parse_metrics
 from act_serve.delta.manifest import TENSORS_FILE
 from act_serve.engine.held import HELD_PATH
-from act_serve.engine.settings import MODEL_HEADER, EngineSettings
+from act_serve.engine.settings import MODEL_HEADER
 from tests.abilities_for_tests import merged_model, pinned, publish_random
+from tests.engine.conftest import settings_with_room
 
 pytestmark = pytest.mark.slow
 ROOM = 2
@@ -33,17 +34,7 @@ async def client(base: Path, tmp_path: Path) -> AsyncIterator[tuple[httpx.AsyncC
     for number in range(4):
         publish_random(store, base, f"r{number}", seed=number)
     pin(store, "r3", True)
-    counts = store.manifest("r0").counts
-    settings = EngineSettings(
-        model=str(base),
-        served_model_name="smol",
-        store=store.root,
-        dtype="float32",
-        max_model_len=256,
-        max_num_seqs=8,
-        max_resident_bytes=ROOM * (counts.parameters * 4 + counts.channels * 8),
-    )
-    async with engine_app(settings) as app:
+    async with engine_app(settings_with_room(base, store, ROOM, max_model_len=256, max_num_seqs=8)) as app:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=300) as http:
             yield http, app, store

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from act_serve.abilities.store import Store
 from act_serve.engine.settings import MODEL_HEADER, EngineSettings
 from tests.abilities_for_tests import merged_model, pinned, publish_random
+from tests.engine.conftest import settings_with_room
 from tests.engine.test_families import make
 
 pytestmark = pytest.mark.slow
@@ -150,16 +151,8 @@ async def test_every_answer_is_the_merged_checkpoints(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     for i in range(ABILITIES):
         publish_random(store, base, f"r{i}", 100 + i, share=0.1, scale=0.1)
-    counts = store.manifest("r0").counts
-    settings = EngineSettings(
-        model=str(base),
-        served_model_name="smol",
-        store=store.root,
-        dtype="float32",
-        max_model_len=512,
-        max_num_seqs=CLIENTS,
-        max_resident_bytes=ROOM * (counts.parameters * 4 + counts.channels * 8),
-        engine_args={"block_size": 32},
+    settings = settings_with_room(
+        base, store, ROOM, max_model_len=512, max_num_seqs=CLIENTS, engine_args={"block_size": 32}
     )
     async with listening(settings) as (app, address), httpx.AsyncClient(base_url=address, timeout=300) as http:
         traffic = Traffic(http, store, base, random.Random(seed))

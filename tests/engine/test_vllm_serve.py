@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,15 +22,14 @@ from transformers import AutoTokenizer
 from act_serve.abilities.store import Store
 from act_serve.delta.manifest import TENSORS_FILE
 from tests.abilities_for_tests import merged_model, publish_random
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def server(base: Path, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(base),
         "--served-model-name", "smol",

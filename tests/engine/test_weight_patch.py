@@ -16,6 +16,7 @@ from act_serve.pipeline.export import export_hf
 from act_serve.pipeline.export_patch import export_patch
 from tests.abilities_for_tests import publish_random
 from tests.tiny_models import make_llama, make_qwen
+from tests.vllm_models import load_vllm_model
 
 pytestmark = pytest.mark.slow
 
@@ -23,28 +24,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def load(tmp_path: Path) -> Iterator[Callable[[Path], Any]]:
     """Loads a checkpoint into vLLM's model class, before any worker packs its weights."""
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import (
-        destroy_distributed_environment,
-        destroy_model_parallel,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
-    def loaded(folder: Path) -> Any:
-        config = EngineArgs(model=str(folder), enforce_eager=True, max_model_len=64).create_engine_config()
-        with set_current_vllm_config(config):
-            if not torch.distributed.is_initialized():
-                init_distributed_environment(1, 0, f"file://{tmp_path}/meeting", 0, "gloo")
-                initialize_model_parallel()
-            model = initialize_model(vllm_config=config)
-            get_model_loader(config.load_config).load_weights(model, config.model_config)
-        return model
-
-    yield loaded
+    yield lambda folder: load_vllm_model(folder, tmp_path / "meeting")
     destroy_model_parallel()
     destroy_distributed_environment()
 

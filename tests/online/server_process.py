@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,17 +14,12 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.ports import free_port
+
 COMMAND = [sys.executable, "-c", "from act_serve.cli.main import main; main()"]
 # Generous: this is how long a hang may take to be noticed, not what a start may take.
 _START_TIMEOUT_S = 600
 _STOP_TIMEOUT_S = 120
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class ServerProcess:

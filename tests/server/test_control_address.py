@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from pathlib import Path
 
 import httpx
@@ -17,14 +16,9 @@ from act_serve.server.config import ServerSettings, read_settings
 from act_serve.server.control_listener import listening
 from act_serve.server.upstream import FixedUpstream, Replica
 from tests.abilities_for_tests import publish_random
+from tests.ports import free_port
 from tests.server.admin_server import ADMIN, keys_file, tar
 from tests.server.fake_engine import FakeEngine, serving
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def test_changes_are_made_there_and_refused_at_the_clients_address(
@@ -34,7 +28,7 @@ def test_changes_are_made_there_and_refused_at_the_clients_address(
     publish_random(shelf, tiny_llama, "fr", seed=1)
     archive = tar(shelf.path("fr", 1))
     keys = keys_file(tmp_path, admin={"roles": ["admin", "infer"]})
-    address = free_address()
+    address = f"127.0.0.1:{free_port()}"
     settings = ServerSettings(model=tiny_llama, store=tmp_path / "store", keys=keys, control_address=address)
     routers = [build_app(settings, "base", lambda: FixedUpstream(Replica("r1", engine.url, {}))) for _ in range(2)]
     with serving(routers[0]) as url, httpx.Client(headers=ADMIN, timeout=60) as client:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -21,6 +20,7 @@ from act_serve.server.config import ServerSettings
 from act_serve.server.metrics import RouterMetrics
 from act_serve.server.upstream import FixedUpstream, Replica
 from tests.abilities.manifests import publish
+from tests.server.admin_server import keys_file
 from tests.server.fake_engine import FakeEngine, serving
 
 CHAT = "/v1/chat/completions"
@@ -111,17 +111,9 @@ class Full(FixedUpstream):
 
 
 def test_rejections_have_reasons(engine: FakeEngine, store: Path, tmp_path: Path) -> None:
-    file = tmp_path / "keys.json"
-    secret = "k" * 40
-    entry = {
-        "id": "shop",
-        "sha256": hashlib.sha256(secret.encode()).hexdigest(),
-        "roles": ["infer"],
-        "requests_per_minute": 2,
-    }
-    file.write_text(json.dumps([entry]))
+    file = keys_file(tmp_path, shop={"roles": ["infer"], "requests_per_minute": 2})
     app = build_app(ServerSettings(store=store, keys=file), "base", lambda: Full(Replica("r1", engine.url)))
-    with serving(app) as url, httpx.Client(base_url=url, headers={"x-api-key": secret}) as client:
+    with serving(app) as url, httpx.Client(base_url=url, headers={"x-api-key": "the shop"}) as client:
         assert [client.post(CHAT, json={}).status_code for _ in range(2)] == [429, 429]
         assert client.get("/v1/models").status_code == 429
         assert client.post(CHAT, json={}).status_code == 429

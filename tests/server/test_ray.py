@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,17 +19,11 @@ import pytest
 
 from act_serve.server.config import ServerSettings
 from tests.abilities.manifests import publish
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 
 CHAT = "/v1/chat/completions"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _application(settings: ServerSettings) -> Any:
@@ -71,7 +64,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         store=store, max_ongoing_requests=1, max_queued_requests=1, engine_replicas=2, engine_cpus=0, replica_wait_s=20
     )
     folder = Path(tempfile.mkdtemp(prefix="as-"))  # short: Ray puts sockets in it
-    port = _free_port()
+    port = free_port()
     ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=str(folder), object_store_memory=80 << 20)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
