@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.batch import BatchTable
@@ -84,14 +85,20 @@ class DeltaLinearMethod:
         return y
 
 
-@torch.library.custom_op(  # type: ignore[untyped-decorator]
-    "act_serve::add_ability_rows", mutates_args=("y",)
-)
 def add_ability_rows(x: torch.Tensor, y: torch.Tensor, layer: str) -> None:
     """:meth:`DeltaLayer.add` as an operator that torch.compile keeps whole."""
-    _LAYERS[layer].add(x, y)
+    delta_layer = _LAYERS[layer]
+    if delta_layer.batch.weights is not None:
+        delta_layer.add(x, y)
 
 
-@add_ability_rows.register_fake  # type: ignore[untyped-decorator]
-def _(x: torch.Tensor, y: torch.Tensor, layer: str) -> None:
-    return None
+def _shapes_only(x: torch.Tensor, y: torch.Tensor, layer: str) -> None:
+    """What the operator returns, for the compiler."""
+
+
+# The operators live as long as this. vLLM's way to register one calls it without the layers of torch.library.custom_op,
+# which cost more than all else where no ability is active.
+_LIBRARY = torch.library.Library("act_serve", "FRAGMENT")
+direct_register_custom_op(
+    "add_ability_rows", add_ability_rows, mutates_args=["y"], fake_impl=_shapes_only, target_lib=_LIBRARY
+)

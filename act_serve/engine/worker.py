@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import CompilationMode
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
@@ -22,6 +23,7 @@ from act_serve.engine.settings import DEFAULT_RESIDENT_BYTES, RESIDENT_ENV, STOR
 from act_serve.errors import ActServeError, EngineError
 
 if TYPE_CHECKING:
+    from vllm.config import CompilationConfig
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 elif current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -41,6 +43,7 @@ class AbilityWorker(_Worker):
         """
         if not current_platform.is_cpu() and not self.model_config.enforce_eager:
             raise EngineError("abilities do not run inside CUDA graphs yet; start vLLM with --enforce-eager")
+        compile_on_cpu(self.vllm_config.compilation_config)
         options: dict[str, Any] = (self.vllm_config.additional_config or {}).get("act_serve", {})
         store = options.get("store") or os.environ.get(STORE_ENV)
         budget = options.get("max_resident_bytes") or os.environ.get(RESIDENT_ENV)
@@ -103,6 +106,17 @@ class AbilityWorker(_Worker):
             return self.ability_manager.load([AbilityKey(*key) for key in keys]), "", ""
         except ActServeError as exc:
             return False, type(exc).__name__, str(exc)
+
+
+def compile_on_cpu(config: CompilationConfig) -> None:
+    """Compiles the model where vLLM would have done so without LoRA.
+
+    On CPUs vLLM turns compilation off for LoRA as the last thing (vllm/platforms/cpu.py), after it has left norms,
+    activations and rotary embeddings to the compiler: ``custom_ops`` has "none". They would run as one torch call
+    after the other, slower than both the compiled model and the eager one, which has vLLM's own operators.
+    """
+    if current_platform.is_cpu() and config.mode == CompilationMode.NONE and "none" in config.custom_ops:
+        config.mode = CompilationMode.DYNAMO_TRACE_ONCE
 
 
 def checkpoint_folder(model: str, revision: str | None = None) -> Path:

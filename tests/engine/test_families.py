@@ -43,6 +43,11 @@ def make(folder: Path, family: str, kv_heads: int) -> Path:
     return folder
 
 
+def _compiled(worker: Any) -> bool:
+    """Whether vLLM's worker runs a compiled model."""
+    return bool(getattr(worker.get_model().model, "compiled", False))
+
+
 @pytest.mark.parametrize(
     ("family", "kv_heads", "options"),
     [
@@ -69,6 +74,9 @@ def test_mixed_batch_equals_the_merged_checkpoints(
     store = Store(tmp_path / "store")
     for seed in (1, 2):
         publish_random(store, base, f"r{seed}", seed=seed, share=0.1, scale=0.1)
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for the question below
     with running_engine(base, store, dtype="float32", max_model_len=256, **options) as llm:
         answers = serve_mixed(llm, store)
+        compiled = llm.collective_rpc(_compiled)
+    assert set(compiled) == {not options.get("enforce_eager", True)}
     check_answers(answers, lambda text: merged_model(base, store, text))
