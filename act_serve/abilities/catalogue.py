@@ -148,9 +148,9 @@ class Catalogue:
             entries: dict[str, AbilityEntry] = {}
             self._store.refresh()
             state = self._store.state()
-            for name in self._store.names():
+            for name, published in self._store.published().items():
                 wanted = state.of(name)
-                if served := wanted.served(self._store.versions(name)):
+                if served := wanted.served(published):
                     versions = tuple(self._entry(name, number, known) for number in served)
                     entries[name] = AbilityEntry(name, versions, wanted)
             self._known = known
