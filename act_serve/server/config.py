@@ -122,8 +122,12 @@ class ServerSettings(BaseModel):
             engine_replicas; None keeps the number as it is.
         target_ongoing_requests: requests that each engine should be working on, on average, where their number follows
             the load; None is max_num_seqs, one full batch.
+        look_back_s: over how long the load is averaged; more than the 10 s between Ray's looks at it.
         upscale_delay_s, downscale_delay_s: how long the load must ask for another number of engines.
-        engine_stop_s: how long an engine that is taken away may finish what it has begun.
+        engine_surge_percent: engines that a change of the settings may start beyond the running ones, before it stops
+            any, as a share of their number; there must be room for them. 0 stops an engine before its successor starts,
+            so that a single one answers nothing meanwhile.
+        engine_stop_s: how long an engine or a router that is taken away may finish what it has begun.
         engine_host: interface of the engines' HTTP servers, which only routers may call; by default the address by
             which Ray knows the node.
         engine_cpus, engine_gpus: what Ray sets aside for one engine replica.
@@ -159,8 +163,10 @@ class ServerSettings(BaseModel):
     engine_replicas: PositiveInt = 1
     engine_max_replicas: PositiveInt | None = None
     target_ongoing_requests: PositiveFloat | None = None
+    look_back_s: Annotated[float, Field(gt=10)] = 30.0
     upscale_delay_s: PositiveFloat = 30.0
     downscale_delay_s: PositiveFloat = 600.0
+    engine_surge_percent: Annotated[int, Field(ge=0, le=100)] = 0
     engine_stop_s: PositiveFloat = 20.0
     router_replicas: PositiveInt = 1
     router_cpus: Annotated[float, Field(ge=0)] = 0.0

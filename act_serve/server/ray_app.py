@@ -46,6 +46,7 @@ def _engine_options(settings: ServerSettings) -> dict[str, Any]:
     resources = {"num_cpus": settings.engine_cpus, "num_gpus": settings.engine_gpus}
     return {
         **_number_of_engines(settings),
+        "max_surge_percent": settings.engine_surge_percent,
         "graceful_shutdown_timeout_s": settings.engine_stop_s,
         "max_ongoing_requests": settings.max_ongoing_requests,
         "max_queued_requests": settings.max_queued_requests,
@@ -65,6 +66,7 @@ def _number_of_engines(settings: ServerSettings) -> dict[str, Any]:
         "target_ongoing_requests": min(
             settings.target_ongoing_requests or settings.max_num_seqs, settings.max_ongoing_requests
         ),
+        "look_back_period_s": settings.look_back_s,
         "upscale_delay_s": settings.upscale_delay_s,
         "downscale_delay_s": settings.downscale_delay_s,
     }
@@ -74,6 +76,9 @@ def _number_of_engines(settings: ServerSettings) -> dict[str, Any]:
 def _router_options(settings: ServerSettings) -> dict[str, Any]:
     return {
         "num_replicas": settings.router_replicas,
+        # A changed router takes over before the former one leaves, which has a stream for each request of an engine.
+        "max_surge_percent": 100,
+        "graceful_shutdown_timeout_s": settings.engine_stop_s,
         "max_ongoing_requests": _ROUTER_ONGOING,
         "health_check_period_s": _HEALTH_PERIOD_S,
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,

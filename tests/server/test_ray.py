@@ -3,77 +3,31 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import httpx
 import pytest
 
 from act_serve.server.config import ServerSettings
 from tests.abilities.manifests import publish
-from tests.ports import free_port
+from tests.server.ray_application import CHAT, running
 
 pytestmark = pytest.mark.slow
-
-CHAT = "/v1/chat/completions"
-
-
-def _application(settings: ServerSettings) -> Any:
-    """As :func:`act_serve.server.ray_app.app`, with an engine that answers at once and says in which process it is."""
-    from ray import serve
-
-    from act_serve.server.lease import Leases
-    from act_serve.server.ray_app import _engine_options, _router_options
-    from act_serve.server.ray_engine import ENGINE, Engine
-    from act_serve.server.ray_router import router_class
-    from tests.server.fake_engine import FakeEngine
-
-    class Stand(Engine):
-        async def __init__(self) -> None:  # type: ignore[misc]
-            self._token = secrets.token_urlsafe(24)
-            fake = FakeEngine()
-            healthy: Any = SimpleNamespace(check_health=fake.check_health)
-            self._app = SimpleNamespace(state=SimpleNamespace(engine_client=healthy))
-            self._leases = Leases(fake.app, self._token)
-            await self._listen("127.0.0.1")
-
-        async def __del__(self) -> None:
-            self._server.should_exit = True
-
-    engine = serve.deployment(Stand).options(name=ENGINE, **_engine_options(settings))
-    router = serve.deployment(router_class(settings, "base")).options(name="Router", **_router_options(settings))
-    return router.bind(engine.bind())
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    import ray
-    from ray import serve
-
     store = tmp_path_factory.mktemp("store")
     publish(store, "fr")
     settings = ServerSettings(
         store=store, max_ongoing_requests=1, max_queued_requests=1, engine_replicas=2, engine_cpus=0, replica_wait_s=20
     )
-    folder = Path(tempfile.mkdtemp(prefix="as-"))  # short: Ray puts sockets in it
-    port = free_port()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=str(folder), object_store_memory=80 << 20)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(_application(settings), name="act-serve")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    with running(settings) as address:
+        yield address
 
 
 def _ask(url: str, how: str) -> httpx.Response:
