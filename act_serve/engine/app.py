@@ -27,6 +27,7 @@ from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.fit import ModuleShape
 from act_serve.engine.admission import Admission
 from act_serve.engine.held import HELD_PATH
+from act_serve.engine.log import share_log
 from act_serve.engine.registry import CompositionRegistry
 from act_serve.engine.settings import MODEL_HEADER, WORKER_CLS, EngineSettings
 from act_serve.engine.worker import checkpoint_folder
@@ -45,6 +46,7 @@ async def engine_app(settings: EngineSettings) -> AsyncIterator[FastAPI]:
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(settings))
     validate_parsed_serve_args(args)
     async with build_async_engine_client(args) as client:
+        share_log()
         tasks = await client.get_supported_tasks()
         app = build_app(args, tasks, client.model_config)
         await init_app_state(client, app.state, args, tasks)

@@ -47,8 +47,10 @@ class AbilityEndpoints:
         if root and engine_client is not None:
             from act_serve.abilities.location import absolute
             from act_serve.abilities.store import open_store
+            from act_serve.engine.log import share_log
             from act_serve.engine.resolver import CurrentAdapters
 
+            share_log()
             store, tasks = open_store(absolute(root)), set[asyncio.Task[Any]]()
 
             def forget(request: Any) -> None:

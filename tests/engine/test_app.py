@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ async def held(http: httpx.AsyncClient, name: str) -> list[dict[str, Any]]:
 
 async def test_more_abilities_than_room(client: tuple[httpx.AsyncClient, Any, Store], base: Path) -> None:
     http, app, store = client
+    ours = logging.getLogger("act_serve")
+    assert ours.isEnabledFor(logging.WARNING), "vLLM's app sets the root logger to ERROR"
+    assert ours.handlers == logging.getLogger("vllm").handlers != []
     seats = app.state.compositions.seats
     assert [key.name for key in seats._seats] == ["r3"], "a pinned ability is there before the first request"
     texts = ["", "r0", "r1", "r2+r3*0.5", "r3", "r0*0.5+r2"] * 4
