@@ -22,13 +22,18 @@ async def listening(app: FastAPI, address: str) -> AsyncIterator[None]:
     Routers on one machine share the port (SO_REUSEPORT): each knows what the others change from the store.
 
     Raises:
-        ProfileError: nothing can listen at the address.
+        ProfileError: nothing can listen at the address, or the HTTP server ends before it does.
     """
     with _bound(address) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not (server.started or serving.done()):
             await asyncio.sleep(_POLL_S)
+        if not server.started:
+            raise ProfileError(
+                f"control_address={address}: its HTTP server ended before it listened ({serving.exception()}); "
+                "give another address"
+            )
         try:
             yield
         finally:

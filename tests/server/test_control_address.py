@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ from fastapi import FastAPI
 
 from act_serve.abilities.store import Store
 from act_serve.errors import ProfileError
+from act_serve.server import control_listener
 from act_serve.server.app import build_app
 from act_serve.server.config import ServerSettings, read_settings
 from act_serve.server.control_listener import listening
@@ -64,4 +66,17 @@ def test_an_address_of_another_machine_stops_the_start(address: str) -> None:
             pass
 
     with pytest.raises(ProfileError, match=r"cannot listen there.*give an address of this machine"):
+        asyncio.run(start())
+
+
+def test_a_server_that_ends_before_it_listens_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = socket.socket()
+    closed.close()
+    monkeypatch.setattr(control_listener, "_bound", lambda _: closed)
+
+    async def start() -> None:
+        async with listening(FastAPI(), "127.0.0.1:8001"):
+            pass
+
+    with pytest.raises(ProfileError, match=r"127.0.0.1:8001: its HTTP server ended before it listened"):
         asyncio.run(start())
