@@ -11,6 +11,7 @@ compared with in that round).
 ``limit`` is what memory traffic allows: bytes read per decoding step by the base, over those with the case's active
 delta rows added (each read once per step, whatever the number of tokens). ``merged`` is the bound of ``one``: the same
 answers from a server that can give no others. ``switching`` is what another ability costs (benchmarks/switching.py).
+``base`` is always measured.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ CASES = {
     "stock_lora": Case("stock_lora", "base"),
 }
 FLOORS = {"idle": 0.97, "four_mixed": 0.68, "four_mixed against stock_lora": 12.0}
+SWITCHING = "switching"  # has figures of its own, no ratio
+EVERY = [*CASES, SWITCHING]
 CHECKED = ("base", "idle", "four_mixed", "stock_lora")
 SLACK = 0.85
 MORE_ROUNDS = 5
@@ -96,10 +99,11 @@ def limits(base: Path, sizes: dict[str, int]) -> dict[str, float]:
     return found
 
 
-def switching(base: Path) -> dict[str, float]:
+def switching(base: Path, dtype: str) -> dict[str, float]:
     """What `benchmarks/switching.py` measures, in milliseconds, in a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, "-m", "benchmarks.switching", "--base", str(base), "--json", file.name]
+        command = [sys.executable, "-m", "benchmarks.switching", "--base", str(base), "--dtype", dtype]
+        command += ["--json", file.name]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found: dict[str, float] = json.load(file)
     return found
@@ -138,7 +142,7 @@ def below_floor(cases: Summary) -> list[str]:
 
 def chosen(wanted: Collection[str]) -> list[str]:
     """The cases to measure: those wanted, with those that they are compared with."""
-    needed = {"base", *wanted, *(CASES[case].against for case in wanted)}
+    needed = {"base", *wanted, *(CASES[case].against for case in wanted if case in CASES)}
     return [case for case in CASES if case in needed]
 
 
@@ -150,7 +154,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 where a ratio is far below its floor")
     parser.add_argument("--dtype", default="auto", help="of all sides; auto as the server's")
     parser.add_argument("--base", type=Path, help="checkpoint folder; default: the embedded model")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
+    parser.add_argument("--cases", nargs="+", choices=EVERY, default=EVERY, help="default: all")
     options = parser.parse_args()
     names = chosen(options.cases)
     if options.check and (missing := set(CHECKED) - set(names)):
@@ -163,7 +167,7 @@ def main() -> None:
     results: dict[str, list[float]] = {case: [] for case in names}
     try:
         limit = limits(base, prepare(base, work))
-        switch = switching(base)
+        switch = switching(base, options.dtype) if SWITCHING in options.cases else {}
         with Engines(dict.fromkeys(CASES[case].engine for case in names), base, work, options.dtype) as engines:
             measure(engines, {case: [] for case in names}, 1)  # warms up
             measure(engines, results, options.rounds)
@@ -178,7 +182,8 @@ def main() -> None:
             f"limit {row['limit']:.3f}" if "limit" in row else ""))  # fmt: skip
     if "stock_lora" in cases and "four_mixed" in cases:
         print(f"four_mixed against stock LoRA: {cases['four_mixed']['ratio'] / cases['stock_lora']['ratio']:.1f} times")
-    print("switching, ms: " + ", ".join(f"{name} {value:.2f}" for name, value in switch.items()))
+    if switch:
+        print("switching, ms: " + ", ".join(f"{name} {value:.2f}" for name, value in switch.items()))
     if options.json:
         options.json.write_text(json.dumps({"cases": cases, "switching_ms": switch}, indent=2) + "\n")
     if options.check and (low := below_floor(cases)):

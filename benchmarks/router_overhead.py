@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import aiohttp
 
 from act_serve.models.loading import EMBEDDED_NAME, embedded_base
+from tests.ports import free_port
 
 SIDES = ("bare", "router")
 _READY_TIMEOUT_S = 600
@@ -104,13 +104,6 @@ async def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
         except aiohttp.ClientError:
             await asyncio.sleep(1)
     raise SystemExit(f"{url} does not start")
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def show(cases: dict[str, dict[str, float]]) -> None:

@@ -1,6 +1,6 @@
 """What another ability costs an engine: loaded beside its layers, or patched into its weights.
 
-    python -m benchmarks.switching [--base FOLDER] [--repeats 9] [--json FILE]
+    python -m benchmarks.switching [--base FOLDER] [--dtype auto] [--repeats 9] [--json FILE]
 
 One process holds vLLM's model of the base, its weights as loaded. In turn it loads an ability of 5 % of the rows beside
 the layers, makes a new composition of resident abilities the step's, and writes the same ability into the weights with
@@ -30,11 +30,12 @@ def milliseconds(work: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1000
 
 
-def measure(base: Path, work: Path, repeats: int) -> dict[str, float]:
+def measure(base: Path, work: Path, repeats: int, dtype: str) -> dict[str, float]:
     """Medians over the repeats, in milliseconds.
 
     Args:
         work: an empty folder for the abilities and the patch.
+        dtype: of the model; auto is what a server would take.
     """
     import torch
     from vllm.model_executor.model_loader.checkpoint_weight_patch import load_checkpoint_weight_patches
@@ -55,7 +56,7 @@ def measure(base: Path, work: Path, repeats: int) -> dict[str, float]:
     for number in range(ABILITIES):
         publish_random(store, base, f"a{number}", seed=number, share=SHARE)
     patch = export_patch(base=base, deltas=compose(artifacts_of("a0", store.root), base), folder=work / "patch")
-    model = load_vllm_model(base, work / "meeting", served_dtype("auto"))
+    model = load_vllm_model(base, work / "meeting", served_dtype(dtype))
     patches = read_weight_patch(patch)
     manager = AbilityManager(fingerprint_model(base), store, 1 << 40)
     with torch.inference_mode():
@@ -89,6 +90,7 @@ def main() -> None:
     """Measures, prints a line for each figure, and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="checkpoint folder; default: the embedded model")
+    parser.add_argument("--dtype", default="auto", help="as the server's")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -96,7 +98,7 @@ def main() -> None:
     from act_serve.models.loading import embedded_base
 
     with tempfile.TemporaryDirectory(prefix="act-serve-bench-") as work:
-        found = measure(options.base or embedded_base(), Path(work), options.repeats)
+        found = measure(options.base or embedded_base(), Path(work), options.repeats, options.dtype)
     for name, value in found.items():
         print(f"{name:12} {value:9.3f} ms")
     if options.json:
