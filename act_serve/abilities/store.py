@@ -89,7 +89,7 @@ class Store:
         return self._listed(check_name(name))
 
     def _listed(self, name: str) -> list[int]:
-        folder = os.path.join(self.root, name)  # a router lists a large store every second, and Path is ten times slower
+        folder = os.path.join(self.root, name)  # not a Path: a router lists a large store every second
         return sorted(int(entry) for entry in _listing(folder)
                       if entry.isascii() and entry.isdecimal() and entry[0] != "0"
                       and os.path.isfile(os.path.join(folder, entry, MANIFEST_FILE)))  # fmt: skip
