@@ -138,6 +138,7 @@ def test_the_serve_config_is_what_ray_and_the_application_accept(folder: Path) -
     (application,) = config["applications"]
     settings = read_settings(application["args"])
     assert str(settings.keys) == "/etc/act-serve/keys.yaml"
+    assert settings.engine_replicas > 1 or settings.engine_surge_percent > 0, "a change would leave no engine"
     module, _, name = application["import_path"].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
     assert application["args"]["store"].startswith("s3://" if folder.name == "s3" else "/")

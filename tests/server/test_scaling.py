@@ -31,13 +31,20 @@ def test_by_default_the_number_is_fixed(tiny_llama: Path) -> None:
 
 def test_a_maximum_lets_it_follow_the_load(tiny_llama: Path) -> None:
     engine = engine_of(
-        tiny_llama, engine_replicas=2, engine_max_replicas=6, upscale_delay_s=3, downscale_delay_s=60, engine_stop_s=90
+        tiny_llama, engine_replicas=2, engine_max_replicas=6, look_back_s=20, upscale_delay_s=3, downscale_delay_s=60
     )
     made = scaling(engine)
     assert made is not None
     assert (made.min_replicas, made.max_replicas, made.target_ongoing_requests) == (2, 6, 16)
-    assert (made.upscale_delay_s, made.downscale_delay_s) == (3, 60)
-    assert engine._deployment_config.graceful_shutdown_timeout_s == 90
+    assert (made.look_back_period_s, made.upscale_delay_s, made.downscale_delay_s) == (20, 3, 60)
+
+
+def test_what_a_change_of_the_settings_replaces(tiny_llama: Path) -> None:
+    router = app({"model": str(tiny_llama), "engine_surge_percent": 50, "engine_stop_s": 90})._bound_deployment
+    engine = router.init_args[0]._bound_deployment
+    configs = [deployment._deployment_config for deployment in (router, engine)]
+    assert [config.max_surge_percent for config in configs] == [100, 50]
+    assert [config.graceful_shutdown_timeout_s for config in configs] == [90, 90]
 
 
 @pytest.mark.parametrize(
