@@ -28,10 +28,11 @@ WRONG: tuple[tuple[Any, int], ...] = (
     ({"abilities": ["nobody"]}, 404),
     ({"abilities": [{"name": "a0", "weight": "much"}]}, 400),
     ({"abilities": ["a0"], "max_tokens": -1}, 400),
-    ({"messages": "none"}, 400),
-    ("no JSON", 400),
+    ({"abilities": [], "messages": "none"}, 400),
+    ("no object", 400),
 )
 _END = b"data: [DONE]\n\n"
+_SHOWN = 120  # characters of an answer that was not expected
 _GUEST_S = 15.0
 _TIMEOUT_S = 300.0
 
@@ -117,8 +118,8 @@ async def _answer(session: aiohttp.ClientSession, choices: random.Random) -> str
         answer = await reply.json()
         if reply.status == 404 and GUEST in text:
             return "404 of the guest"
-        if reply.status != 200 or not answer["choices"]:
-            raise Unexpected(f"{reply.status} {json.dumps(answer)[:200]}")
+        if reply.status != 200 or not answer.get("choices"):
+            raise Unexpected(f"{reply.status} {json.dumps(answer)[:_SHOWN]}")
     return "200"
 
 
@@ -129,7 +130,7 @@ async def _stream(session: aiohttp.ClientSession, choices: random.Random) -> str
         if reply.status == 404 and GUEST in text:
             return "404 of the guest"
         if reply.status != 200 or not received.endswith(_END):
-            raise Unexpected(f"{reply.status} {received[-200:]!r}")
+            raise Unexpected(f"{reply.status} {received[-_SHOWN:]!r}")
     return "200"
 
 
@@ -157,7 +158,7 @@ async def _status(request: Any, wanted: int) -> str:
     async with request as reply:
         text = await reply.text()
         if reply.status != wanted:
-            raise Unexpected(f"{reply.status} instead of {wanted}: {text[:200]}")
+            raise Unexpected(f"{reply.status} instead of {wanted}: {text[:_SHOWN]}")
     return str(wanted)
 
 
