@@ -33,7 +33,6 @@ WRONG: tuple[tuple[Any, int], ...] = (
 )
 _END = b"data: [DONE]\n\n"
 _SHOWN = 120  # characters of an answer that was not expected
-_GUEST_S = 15.0
 _TIMEOUT_S = 300.0
 
 
@@ -52,12 +51,14 @@ class Traffic:
         url: of the server.
         base: folder of its base checkpoint, for the ability that comes and goes.
         seed: of what is asked, and in which order.
+        guest_s: how long that ability stays each time; it is away for a third of that.
         expected, unexpected: requests by kind and how they ended.
     """
 
     url: str
     base: Path
     seed: int = 0
+    guest_s: float = 15.0
     expected: collections.Counter[str] = field(default_factory=collections.Counter)
     unexpected: collections.Counter[str] = field(default_factory=collections.Counter)
 
@@ -83,9 +84,9 @@ class Traffic:
             version += 1
             archive = await asyncio.to_thread(_packed_guest, self.base, version)
             await self._count("add", _status(session.post("/v1/abilities", data=archive), 201))
-            await asyncio.sleep(_GUEST_S)
+            await asyncio.sleep(self.guest_s)
             await self._count("remove", _status(session.delete(f"/v1/abilities/{GUEST}"), 200))
-            await asyncio.sleep(_GUEST_S / 3)
+            await asyncio.sleep(self.guest_s / 3)
 
     async def _count(self, kind: str, request: Awaitable[str]) -> None:
         try:
