@@ -17,6 +17,7 @@ from tests.abilities_for_tests import publish_random
 from tests.deploy.manifests import KUSTOMIZE, serve_config
 from tests.ports import free_port
 from tests.server.ray_application import APPLICATION, CHAT, own_ray
+from tests.tiny_models import make_llama
 
 pytestmark = pytest.mark.slow
 
@@ -25,9 +26,9 @@ _START_TIMEOUT_S = 900
 
 
 @pytest.fixture
-def config(tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
-    store = Store(tmp_path / "store")
-    publish_random(store, tiny_llama, "fr", seed=1)
+def config(tmp_path: Path) -> dict[str, Any]:
+    base, store = make_llama(tmp_path / "base", hidden=128), Store(tmp_path / "store")
+    publish_random(store, base, "fr", seed=1)
     keys = tmp_path / "keys.yaml"
     keys.write_text(yaml.safe_dump([{"id": "a", "sha256": hashlib.sha256(b"k").hexdigest(), "roles": ["infer"]}]))
     read: dict[str, Any] = yaml.safe_load(serve_config(KUSTOMIZE / "overlays/cpu-demo"))
@@ -35,7 +36,7 @@ def config(tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
     (application,) = read["applications"]
     # The tiny model knows 512 positions.
     application["args"] |= {
-        "model": str(tiny_llama), "max_model_len": 256, "store": str(store.root), "keys": str(keys)
+        "model": str(base), "max_model_len": 256, "store": str(store.root), "keys": str(keys)
     }  # fmt: skip
     return read
 
