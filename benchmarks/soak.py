@@ -61,7 +61,7 @@ def start(work: Path, base: Path, port: int, log: Path) -> subprocess.Popen[byte
     main = "from act_serve.cli.main import main; main()"
     command = [sys.executable, "-c", main, "serve", "--port", str(port), "--store", str(work / "store")]
     command += ["--model", str(base), "--keys", str(keys_file(work / "keys.json"))]
-    for setting in (f"max_resident_bytes={prepare(work, base)}", "max_model_len=512", "drain_s=5"):
+    for setting in (f"max_resident_bytes={prepare(work, base)}", "max_model_len=512"):
         command += ["--set", setting]
     with log.open("wb") as file:
         return subprocess.Popen(command, stdout=file, stderr=file)

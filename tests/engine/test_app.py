@@ -56,7 +56,8 @@ async def test_more_abilities_than_room(client: tuple[httpx.AsyncClient, Any, St
     http, app, store = client
     ours = logging.getLogger("act_serve")
     assert ours.isEnabledFor(logging.WARNING), "vLLM's app sets the root logger to ERROR"
-    assert ours.handlers == logging.getLogger("vllm").handlers != []
+    assert ours.handlers
+    assert set(ours.handlers) <= set(logging.getLogger("vllm").handlers)  # pytest adds more to vLLM's
     seats = app.state.compositions.seats
     assert [key.name for key in seats._seats] == ["r3"], "a pinned ability is there before the first request"
     texts = ["", "r0", "r1", "r2+r3*0.5", "r3", "r0*0.5+r2"] * 4
