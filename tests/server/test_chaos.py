@@ -33,7 +33,7 @@ COMPOSITIONS = [
     *("", "r0", "r1", "r2", "r3", "r0+r1", "r2*0.5", "r3*-1.5", "r0*2.5", "r1*0.5+r3", "r2+r3", "r0+r1+r2+r3"),
     *("r1*-0.5", "r0*0.5+r2*1.5", "r3*2", "r1*1.5"),
 ]
-PROMPTS = [tuple(beginning + [5 + i]) for beginning in BEGINNINGS for i in range(4)]
+PROMPTS = [(*beginning, 5 + i) for beginning in BEGINNINGS for i in range(4)]
 ENGINE, ROUTER, CORE = "ray::ServeReplica:act-serve:Engine", "ray::ServeReplica:act-serve:Router", "VLLM::EngineCore"
 Judge = Callable[[Iterable["Ended"]], None]
 # How long a hang may take to be noticed, not what healing may take.
@@ -113,7 +113,10 @@ class Chaos:
 async def traffic(server: ServerProcess) -> AsyncIterator[Chaos]:
     """All clients are being answered, until the context ends."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=None, limits=limits) as http, asyncio.TaskGroup() as tasks:
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=None, limits=limits) as http,
+        asyncio.TaskGroup() as tasks,
+    ):
         clients = Traffic(http, "base", COMPOSITIONS, PROMPTS, TOKENS)
         for number in range(CLIENTS):
             tasks.create_task(clients.client(number))
