@@ -18,7 +18,6 @@ from act_serve.abilities.store import open_store
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.manager import AbilityManager
-from act_serve.engine.parent_watch import end_with_parent
 from act_serve.engine.plan import Part
 from act_serve.engine.settings import DEFAULT_RESIDENT_BYTES, RESIDENT_ENV, STORE_ENV
 from act_serve.errors import ActServeError, EngineError
@@ -42,7 +41,6 @@ class AbilityWorker(_Worker):
             EngineError: CUDA graphs are on (they replay with the addresses of their capture, and packed rows move),
                 or LoRA is not enabled.
         """
-        end_with_parent()
         if not current_platform.is_cpu() and not self.model_config.enforce_eager:
             raise EngineError("abilities do not run inside CUDA graphs yet; start vLLM with --enforce-eager")
         compile_on_cpu(self.vllm_config.compilation_config)

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,10 +44,8 @@ def _application(settings: ServerSettings) -> Any:
             healthy: Any = SimpleNamespace(check_health=fake.check_health)
             self._app = SimpleNamespace(state=SimpleNamespace(engine_client=healthy))
             self._leases = Leases(fake.app, self._token)
+            self._exit = AsyncExitStack()
             await self._listen("127.0.0.1")
-
-        async def __del__(self) -> None:
-            self._server.should_exit = True
 
     engine = serve.deployment(Stand).options(name=ENGINE, **_engine_options(settings))
     router = serve.deployment(router_class(settings, "base")).options(name="Router", **_router_options(settings))
