@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,6 @@ ANSWERED, ERROR_EVENT, DISCONNECTED = "answered", "error event", "disconnected"
 HANGS, CUT_OFF, SHAPELESS = "hangs", "cut off", "shapeless"
 NO_END = frozenset({HANGS, CUT_OFF, SHAPELESS})
 _PATIENCE_S = 120.0
-_PAUSE_S = 0.1  # after an error, as a client would
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,7 @@ class Traffic:
         compositions: one per client.
         prompts: token ids; the clients take turns with them.
         max_tokens: of every answer.
+        pause_s: between two requests of a client.
     """
 
     http: httpx.AsyncClient
@@ -51,6 +51,7 @@ class Traffic:
     compositions: Sequence[str]
     prompts: Sequence[tuple[int, ...]]
     max_tokens: int
+    pause_s: float = 0.05
     ended: list[Ended] = field(default_factory=list)
     stopped: bool = False
 
@@ -62,8 +63,7 @@ class Traffic:
             ended = await self.ask(self.compositions[number], prompt, stream=number % 2 == 0)
             self.ended.append(ended)
             turn += 1
-            if ended.how != ANSWERED:
-                await asyncio.sleep(_PAUSE_S)
+            await asyncio.sleep(self.pause_s)
 
     async def ask(self, composition: str, prompt: tuple[int, ...], *, stream: bool) -> Ended:
         """Sends one request and waits for its end."""
@@ -91,11 +91,9 @@ class Traffic:
             how, message = DISCONNECTED, repr(exc)
         return Ended(composition, prompt, stream, begun_s, how, tuple(tokens), message)
 
-    async def all_answered(self, clients: Collection[int] | None = None) -> None:
+    async def all_answered(self) -> None:
         """Waits until every client has the answer to a request that it sent from now on."""
-        since = time.monotonic()
-        numbers = range(len(self.compositions)) if clients is None else clients
-        wanted = {self.compositions[number] for number in numbers}
+        since, wanted = time.monotonic(), set(self.compositions)
         while wanted:
             await asyncio.sleep(0.05)
             wanted -= {e.composition for e in self.ended[-200:] if e.how == ANSWERED and e.begun_s > since}

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -28,7 +27,7 @@ from tests.server.chaos_traffic import ANSWERED, DISCONNECTED, ERROR_EVENT, NO_E
 
 pytestmark = pytest.mark.slow
 
-ABILITIES, CLIENTS, TOKENS = 4, 16, 96
+ABILITIES, CLIENTS, TOKENS = 4, 16, 160
 COMPOSITIONS = [
     *("", "r0", "r1", "r2", "r3", "r0+r1", "r2*0.5", "r3*1.5", "r0*2.5", "r1*0.5+r3", "r2+r3", "r0+r1+r2+r3"),
     *("r1*2", "r0*0.5+r2*1.5", "r3*2", "r1*1.5"),
@@ -79,14 +78,19 @@ class Chaos:
 
     async def healthy(self) -> None:
         """Waits until both engines answer, and every client has been answered since."""
-        ready: dict[str, Any] = {}
-        while ready.get("alive") != 2:
+        busy_s, self.traffic.pause_s = self.traffic.pause_s, 1.0  # an engine that starts needs the processor, too
+        while await self.alive() != 2:
             await asyncio.sleep(0.2)
-            try:
-                ready = (await self.traffic.http.get("/ready")).json()
-            except httpx.TransportError:  # there is no router
-                ready = {}
+        self.traffic.pause_s = busy_s
         await self.traffic.all_answered()
+
+    async def alive(self) -> int:
+        """How many engines answer; 0 where there is no router."""
+        try:
+            alive: int = (await self.traffic.http.get("/ready")).json()["alive"]
+        except httpx.TransportError:
+            return 0
+        return alive
 
     async def retries(self) -> float:
         """Engines that failed before they answered, so that another one was asked."""
@@ -165,7 +169,7 @@ async def test_an_engine_replica_that_is_killed(server: ServerProcess, judge: Ju
     async with traffic(server) as chaos:
         core = chaos.process(ENGINE).children()
         await dies(chaos, ENGINE, "an engine replica is killed")
-        print(core)
+        pass
         assert not any(process.is_running() for process in core), "its core must not keep the memory"
     judge(chaos.traffic.ended)
 
@@ -177,7 +181,7 @@ async def dies(chaos: Chaos, title: str, name: str) -> None:
         victim = chaos.process(title)
         victim.kill()
         await asyncio.to_thread(victim.wait, 10)
-        while (await chaos.traffic.http.get("/ready")).json()["alive"] == 2:
+        while await chaos.alive() == 2:
             await asyncio.sleep(0.05)
         await chaos.traffic.all_answered()
         print(f"\n{name}: all clients are answered again")
