@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-import httpx
-import psutil
 import pytest
 
 from act_serve.abilities.store import Store
@@ -23,11 +20,12 @@ from tests.abilities_for_tests import merged_model, publish_random
 from tests.engine.test_families import make
 from tests.engine.test_random_traffic import BEGINNINGS, check
 from tests.online.server_process import ServerProcess
-from tests.server.chaos_traffic import ANSWERED, DISCONNECTED, ERROR_EVENT, NO_END, Ended, Traffic
+from tests.server.chaos import Chaos, under_traffic
+from tests.server.chaos_traffic import ANSWERED, DISCONNECTED, ERROR_EVENT, NO_END, Ended
 
 pytestmark = pytest.mark.slow
 
-ABILITIES, CLIENTS, TOKENS = 4, 16, 160
+ABILITIES, TOKENS = 4, 160
 COMPOSITIONS = [
     *("", "r0", "r1", "r2", "r3", "r0+r1", "r2*0.5", "r3*1.5", "r0*2.5", "r1*0.5+r3", "r2+r3", "r0+r1+r2+r3"),
     *("r1*2", "r0*0.5+r2*1.5", "r3*2", "r1*1.5"),
@@ -35,8 +33,6 @@ COMPOSITIONS = [
 PROMPTS = [(*beginning, 5 + i) for beginning in BEGINNINGS for i in range(4)]
 ENGINE, ROUTER, CORE = "ray::ServeReplica:act-serve:Engine", "ray::ServeReplica:act-serve:Router", "VLLM::EngineCore"
 Judge = Callable[[Iterable["Ended"]], None]
-# How long a hang may take to be noticed, not what healing may take.
-_HEALING_LIMIT_S = 400
 
 
 @pytest.fixture(scope="module")
@@ -65,77 +61,9 @@ def server(base: Path, store: Store) -> Iterator[ServerProcess]:
         running.close()
 
 
-@dataclass
-class Chaos:
-    """The server under traffic."""
-
-    server: ServerProcess
-    traffic: Traffic
-
-    def process(self, title: str) -> psutil.Process:
-        """One of the server's processes with that title."""
-        return next(p for p in self.server.descendants() if " ".join(p.cmdline()).startswith(title))
-
-    async def kill(self, title: str) -> None:
-        """Ends such a process as the kernel does when memory runs out."""
-        victim = self.process(title)
-        victim.kill()
-        await asyncio.to_thread(victim.wait)
-
-    async def healthy(self) -> None:
-        """Waits until both engines answer, and every client has been answered since."""
-        busy_s, self.traffic.pause_s = self.traffic.pause_s, 1.0  # an engine that starts needs the processor, too
-        while await self.alive() != 2:
-            await asyncio.sleep(0.2)
-        self.traffic.pause_s = busy_s
-        await self.traffic.all_answered()
-
-    async def alive(self) -> int:
-        """How many engines answer; 0 where there is no router."""
-        try:
-            alive: int = (await self.traffic.http.get("/ready")).json()["alive"]
-        except httpx.TransportError:
-            return 0
-        return alive
-
-    async def retries(self) -> float:
-        """Engines that failed before they answered, so that another one was asked."""
-        page = (await self.traffic.http.get("/metrics")).text
-        line = next(line for line in page.splitlines() if line.startswith("act_router_retries_total "))
-        return float(line.split()[1])
-
-    @asynccontextmanager
-    async def fault(self, name: str) -> AsyncIterator[list[Ended]]:
-        """Inside, something breaks and heals; afterwards the list has all requests that ended meanwhile."""
-        start, start_s = len(self.traffic.ended), time.monotonic()
-        ended: list[Ended] = []
-        async with asyncio.timeout(_HEALING_LIMIT_S):
-            yield ended
-        ended += self.traffic.ended[start:]
-        counts = Counter(("stream" if e.stream else "whole", e.how) for e in ended)
-        shown = ", ".join(f"{n} {kind} {how}" for (kind, how), n in sorted(counts.items()))
-        print(f"\n{name}: healed after {time.monotonic() - start_s:.1f} s; {shown}")
-        assert [e for e in ended if e.how in NO_END] == []
-
-
-@asynccontextmanager
-async def traffic(server: ServerProcess) -> AsyncIterator[Chaos]:
-    """All clients are being answered, until the context ends."""
-    limits = httpx.Limits(max_connections=None)
-    async with (
-        httpx.AsyncClient(base_url=server.url, timeout=None, limits=limits) as http,
-        asyncio.TaskGroup() as tasks,
-    ):
-        clients = Traffic(http, "base", COMPOSITIONS, PROMPTS, TOKENS)
-        for number in range(CLIENTS):
-            tasks.create_task(clients.client(number))
-        chaos = Chaos(server, clients)
-        try:
-            async with asyncio.timeout(_HEALING_LIMIT_S):
-                await chaos.healthy()
-            yield chaos
-        finally:
-            clients.stopped = True
+def under_fire(server: ServerProcess) -> AbstractAsyncContextManager[Chaos]:
+    """The server with its clients."""
+    return under_traffic(server, COMPOSITIONS, PROMPTS, TOKENS)
 
 
 def ways(ended: Iterable[Ended]) -> set[str]:
@@ -145,12 +73,13 @@ def ways(ended: Iterable[Ended]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def judge(base: Path, store: Store) -> Callable[[Iterable[Ended]], None]:
-    """Compares every token that came, those of broken streams too, with the merged checkpoint."""
+    """Every request has ended, and every token that came, of broken streams too, is the merged checkpoint's."""
     bare = merged_model(base, store, "")
 
     def compare(ended: Iterable[Ended]) -> None:
         answers = defaultdict(set)
         for e in ended:
+            assert e.how not in NO_END, e
             assert len(e.tokens) == TOKENS or e.how != ANSWERED, e
             if e.tokens:
                 answers[e.composition].add((e.prompt, e.tokens))
@@ -165,13 +94,13 @@ def judge(base: Path, store: Store) -> Callable[[Iterable[Ended]], None]:
 
 
 async def test_an_engines_core_that_is_killed(server: ServerProcess, judge: Judge) -> None:
-    async with traffic(server) as chaos:
+    async with under_fire(server) as chaos:
         await dies(chaos, CORE, "an engine's core is killed")
     judge(chaos.traffic.ended)
 
 
 async def test_an_engine_replica_that_is_killed(server: ServerProcess, judge: Judge) -> None:
-    async with traffic(server) as chaos:
+    async with under_fire(server) as chaos:
         core = chaos.process(ENGINE).children(recursive=True)
         await dies(chaos, ENGINE, "an engine replica is killed")
         assert not any(process.is_running() for process in core), "its core must not keep the memory"
@@ -196,7 +125,7 @@ async def dies(chaos: Chaos, title: str, name: str) -> None:
 
 
 async def test_a_router_that_is_killed(server: ServerProcess, judge: Judge) -> None:
-    async with traffic(server) as chaos:
+    async with under_fire(server) as chaos:
         async with chaos.fault("the router is killed") as ended:
             await chaos.kill(ROUTER)
             await chaos.healthy()
@@ -208,7 +137,7 @@ async def test_a_router_that_is_killed(server: ServerProcess, judge: Judge) -> N
 async def test_an_artifact_that_is_damaged(server: ServerProcess, store: Store, judge: Judge) -> None:
     tensors = store.path("late", 1) / TENSORS_FILE
     whole = tensors.read_bytes()
-    async with traffic(server) as chaos:
+    async with under_fire(server) as chaos:
         async with chaos.fault("an artifact is damaged") as ended:
             tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
             for turn in range(8):
@@ -223,7 +152,7 @@ async def test_an_artifact_that_is_damaged(server: ServerProcess, store: Store, 
 
 async def test_a_store_that_is_away(server: ServerProcess, store: Store, judge: Judge) -> None:
     away = store.root.with_name("away")
-    async with traffic(server) as chaos:
+    async with under_fire(server) as chaos:
         async with chaos.fault("the store is away") as ended:
             store.root.rename(away)
             while "store_stale_s" not in (await chaos.traffic.http.get("/ready")).json():
