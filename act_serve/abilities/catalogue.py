@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -124,6 +125,7 @@ class Catalogue:
         self._lock = threading.Lock()
         self._known: dict[tuple[str, int], tuple[_Signature | None, VersionEntry]] = {}
         self._view = CatalogueView()
+        self._unreadable_since: float | None = None
 
     @property
     def view(self) -> CatalogueView:
@@ -132,7 +134,9 @@ class Catalogue:
 
     @property
     def stale_s(self) -> float | None:
-        """For how many seconds the store could not be read, where it lies in an object store; None while it can be."""
+        """For how many seconds the store could not be read; None while it can be."""
+        if self._unreadable_since is not None:
+            return time.monotonic() - self._unreadable_since
         return self._store.stale_s
 
     def refresh(self) -> CatalogueView:
@@ -141,21 +145,32 @@ class Catalogue:
         A manifest that cannot be used is listed with its damage and hides nothing else.
 
         Raises:
-            StoreError: the store cannot be listed or its state not be read; the former view stays.
+            StoreError: the store cannot be listed or its state not be read, or it is gone; the former view stays.
         """
         with self._lock:
-            known: dict[tuple[str, int], tuple[_Signature | None, VersionEntry]] = {}
-            entries: dict[str, AbilityEntry] = {}
-            self._store.refresh()
-            state = self._store.state()
-            for name, published in self._store.published().items():
-                wanted = state.of(name)
-                if served := wanted.served(published):
-                    versions = tuple(self._entry(name, number, known) for number in served)
-                    entries[name] = AbilityEntry(name, versions, wanted)
-            self._known = known
-            self._view = CatalogueView(MappingProxyType(entries))
+            try:
+                self._read_store()
+            except (StoreError, OSError):
+                self._unreadable_since = self._unreadable_since or time.monotonic()
+                raise
+            self._unreadable_since = None
             return self._view
+
+    def _read_store(self) -> None:
+        known: dict[tuple[str, int], tuple[_Signature | None, VersionEntry]] = {}
+        entries: dict[str, AbilityEntry] = {}
+        self._store.refresh()
+        state = self._store.state()
+        for name, published in self._store.published().items():
+            wanted = state.of(name)
+            if served := wanted.served(published):
+                versions = tuple(self._entry(name, number, known) for number in served)
+                entries[name] = AbilityEntry(name, versions, wanted)
+        if self._view.entries:
+            # Checked last: a store that leaves while it is being read would look like one with fewer abilities.
+            self._store.check_there()
+        self._known = known
+        self._view = CatalogueView(MappingProxyType(entries))
 
     def _entry(
         self, name: str, number: int, known: dict[tuple[str, int], tuple[_Signature | None, VersionEntry]]

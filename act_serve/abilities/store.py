@@ -57,9 +57,21 @@ class Store:
 
         Raises:
             ArtifactDamagedError: the object store holds other tensors than the manifest says.
-            StoreError: they are not here, and the object store cannot be read.
+            StoreError: they are not here, and the object store cannot be read; or the folder is gone.
         """
-        return self.path(name, version) if self.mirror is None else self.mirror.fetch(check_name(name), int(version))
+        if self.mirror is not None:
+            return self.mirror.fetch(check_name(name), int(version))
+        self.check_there()
+        return self.path(name, version)
+
+    def check_there(self) -> None:
+        """For what was in the store before: a folder that is gone says nothing of the abilities in it.
+
+        Raises:
+            StoreError: the folder is gone.
+        """
+        if not self.root.is_dir():
+            raise StoreError(f"the ability store {self.root} is not there; put it back, or mount its file system again")
 
     def _follow(self) -> None:
         if self.mirror is not None:
@@ -128,12 +140,14 @@ class Store:
         Raises:
             UnknownAbilityError: no such ability or version.
             ArtifactDamagedError: the manifest is malformed, or names another ability or version than its folder.
+            StoreError: the store's folder is gone, or its state cannot be read.
         """
         version = self.active(name) if version is None else version
         folder = self.path(name, version)
         if self.mirror is not None and not (folder / MANIFEST_FILE).is_file():
             self.mirror.refresh()  # a router elsewhere may have seen it before this machine did
         if not (folder / MANIFEST_FILE).is_file():
+            self.check_there()
             raise UnknownAbilityError(
                 f"ability '{name}' has no version {version} here, only {self.versions(name)}", param="abilities"
             )

@@ -54,6 +54,8 @@ class Admission:
         return self._verified[AbilityKey.of(pinned)]
 
     def _pin(self, ability: WeightedAbility) -> WeightedAbility:
+        if ability.digest is not None and AbilityKey.of(ability) in self._verified:
+            return ability  # without the store: what is resident is served while that is away
         manifest = self.store.manifest(ability.name, ability.version)
         if ability.digest not in (None, manifest.digest):
             raise UnknownAbilityError(

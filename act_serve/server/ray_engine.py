@@ -7,6 +7,7 @@ which costs more per token than the model of a small server does (ray-project/ra
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import socket
@@ -19,11 +20,11 @@ import uvicorn
 from ray import serve
 
 from act_serve.abilities.location import absolute
-from act_serve.errors import EngineError
 from act_serve.server.config import ServerSettings
 from act_serve.server.lease import TOKEN_HEADER, Leases
 from act_serve.server.model_source import model_folder
 
+_log = logging.getLogger(__name__)
 ENGINE = "Engine"
 _KEEP_ALIVE_S = 120
 
@@ -76,6 +77,7 @@ class Engine:
         self._server = uvicorn.Server(config)
         self._app.state.server = self._server  # vLLM stops it when its engine has died
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        self._serving.add_done_callback(_end_process)
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What Ray tells the routers about this replica, once it is ready."""
@@ -90,15 +92,28 @@ class Engine:
         await self._leases.hold(lease)
 
     async def check_health(self) -> None:
-        """Raises when the engine's process is dead; Ray then replaces the replica."""
-        if self._serving.done():
-            raise EngineError("the engine's HTTP server has stopped")
-        await self._app.state.engine_client.check_health()
+        """Raises when the engine's process is dead; the replica ends then, and Ray replaces it."""
+        try:
+            await self._app.state.engine_client.check_health()
+        except Exception:
+            self._server.should_exit = True
+            raise
 
     async def __del__(self) -> None:
         if hasattr(self, "_server"):  # Ray calls this after a failed start, too
+            self._serving.remove_done_callback(_end_process)
             self._server.should_exit = True
             await self._exit.aclose()
+
+
+def _end_process(serving: asyncio.Task[None]) -> None:
+    """Ends a replica whose server vLLM has stopped because the engine is dead.
+
+    Ray would replace it after three health checks. Until then it refuses requests so fast that it looks like the least
+    busy one, and gets most of them, second attempts too.
+    """
+    _log.error("the engine is dead; this replica ends so that Ray replaces it")
+    os._exit(1)
 
 
 def _engine_args(settings: ServerSettings) -> dict[str, Any]:

@@ -105,6 +105,8 @@ def _environment(folder: str, port: int) -> Mapping[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        # Ray keeps a dead replica's port from the next one for 150 s, for the sake of HAProxy; here it is the only one.
+        "RAY_SERVE_PORT_QUARANTINE_S": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "TMPDIR": folder,
         "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cache_home() / "torchinductor"),

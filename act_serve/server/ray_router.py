@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private import constants, replica
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
@@ -114,10 +115,27 @@ async def _end(
     await choice.__aexit__(None, None, None)
 
 
+def _take_over_port() -> None:
+    """Lets a router listen on the only port there is while the kernel remembers connections of its killed predecessor.
+
+    Ray binds a replica's own port without SO_REUSEADDR, has no setting for that, and never again tries a port that
+    was refused once (ray/serve/_private/replica.py). Where it has a range of ports it takes another one.
+    """
+    if constants.RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT - constants.RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT > 1:
+        return
+    start = replica.start_asgi_http_server
+
+    async def start_again(*args: Any, **options: Any) -> Any:
+        return await start(*args, **{**options, "enable_so_reuseport": True})
+
+    replica.start_asgi_http_server = start_again
+
+
 def router_class(settings: ServerSettings, base_model: str) -> type:
     """The class of the Router deployment; its app is built in the replica."""
 
     def build() -> FastAPI:
+        _take_over_port()
         application = serve.get_replica_context().app_name
         open_upstream: Callable[[], RayUpstream] = lambda: RayUpstream(  # noqa: E731
             serve.get_deployment_handle(ENGINE, application), settings.replica_wait_s

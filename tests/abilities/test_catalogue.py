@@ -9,7 +9,7 @@ from act_serve.abilities.catalogue import Catalogue, CatalogueView, offer, summa
 from act_serve.abilities.store import Store
 from act_serve.delta.composition import WeightedAbility
 from act_serve.delta.manifest import MANIFEST_FILE
-from act_serve.errors import ArtifactDamagedError, UnknownAbilityError
+from act_serve.errors import ArtifactDamagedError, StoreError, UnknownAbilityError
 from tests.abilities.manifests import publish
 
 
@@ -93,6 +93,27 @@ def test_refresh_sees_new_changed_and_removed_abilities(tmp_path: Path) -> None:
     former = catalogue.view
     assert {name: e.active.version for name, e in catalogue.refresh().entries.items()} == {"fr": 2}
     assert set(former.entries) == {"fr", "de"}, "a view must not change under a request"
+
+
+def test_a_store_that_is_gone_hides_nothing_and_says_since_when(tmp_path: Path) -> None:
+    root, away = tmp_path / "store", tmp_path / "away"
+    publish(root, "fr")
+    catalogue = Catalogue(Store(root))
+    before = catalogue.refresh()
+    assert catalogue.stale_s is None
+    root.rename(away)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="is not there; put it back"):
+            catalogue.refresh()
+    assert catalogue.view is before
+    assert catalogue.stale_s is not None
+    with pytest.raises(StoreError, match="is not there"):
+        Store(root).manifest("fr", 1)
+    with pytest.raises(StoreError, match="is not there"):
+        Store(root).fetch("fr", 1)
+    away.rename(root)
+    assert catalogue.refresh().ability("fr") == before.ability("fr")
+    assert catalogue.stale_s is None
 
 
 def test_refresh_reads_only_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.fit import ModuleShape
 from act_serve.delta.manifest import TENSORS_FILE
 from act_serve.engine.admission import Admission, split_model
-from act_serve.errors import ArtifactDamagedError, BaseMismatchError, RequestError, UnknownAbilityError
+from act_serve.errors import ArtifactDamagedError, BaseMismatchError, RequestError, StoreError, UnknownAbilityError
 from tests.abilities_for_tests import bias_names, linear_shapes, publish_random
 
 
@@ -39,6 +39,16 @@ async def test_versions_and_contents_are_pinned(admission: Admission, store: Sto
     assert str(pinned) == f"fr@2~{store.manifest('fr').digest}*0.5"
     assert (await admission.pin(Composition.parse("fr@1"))).abilities[0].version == 1
     assert await admission.pin(pinned) == pinned
+
+
+async def test_while_the_store_is_away_only_what_was_verified_passes(admission: Admission, store: Store) -> None:
+    digests = {version: store.manifest("fr", version).digest for version in (1, 2)}
+    await admission.pin(Composition.parse("fr@1"))
+    store.root.rename(store.root.with_name("away"))
+    known = Composition.parse(f"fr@1~{digests[1]}*0.5")
+    assert await admission.pin(known) == known
+    with pytest.raises(StoreError, match="is not there"):
+        await admission.pin(Composition.parse(f"fr@2~{digests[2]}"))
 
 
 async def test_a_new_version_is_another_composition(admission: Admission, store: Store, tiny_llama: Path) -> None:

@@ -6,7 +6,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,10 +34,8 @@ def application(settings: ServerSettings) -> Any:
             healthy: Any = SimpleNamespace(check_health=fake.check_health)
             self._app = SimpleNamespace(state=SimpleNamespace(engine_client=healthy))
             self._leases = Leases(fake.app, self._token)
+            self._exit = AsyncExitStack()
             await self._listen("127.0.0.1")
-
-        async def __del__(self) -> None:
-            self._server.should_exit = True
 
     engine = serve.deployment(Stand).options(name=ENGINE, **_engine_options(settings))
     router = serve.deployment(router_class(settings, "base")).options(name="Router", **_router_options(settings))
