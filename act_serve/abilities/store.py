@@ -58,11 +58,15 @@ class Store:
         Raises:
             ArtifactDamagedError: the object store holds other tensors than the manifest says.
             StoreError: they are not here, and the object store cannot be read; or the folder is gone.
+            UnknownAbilityError: the version has been removed.
         """
         if self.mirror is not None:
             return self.mirror.fetch(check_name(name), int(version))
         self.check_there()
-        return self.path(name, version)
+        folder = self.path(name, version)
+        if not folder.is_dir():
+            raise UnknownAbilityError(f"ability '{name}' version {version} is not here any more", param="abilities")
+        return folder
 
     def check_there(self) -> None:
         """For what was in the store before: a folder that is gone says nothing of the abilities in it.

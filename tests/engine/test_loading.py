@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from act_serve.engine.plan import LayerPlan, Part, whole_modules
 from act_serve.engine.registry import CompositionRegistry
 from act_serve.engine.residents import ResidentAbilities
 from act_serve.engine.worker import AbilityWorker
-from act_serve.errors import ArtifactDamagedError
+from act_serve.errors import ArtifactDamagedError, UnknownAbilityError
 from act_serve.kernels.reference import add_rows_reference
 from tests.abilities_for_tests import linear_shapes, pinned, publish_random
 
@@ -120,6 +121,20 @@ async def test_what_the_worker_finds_wrong_keeps_its_kind_and_can_be_repaired(st
     path.write_bytes(whole)
     await ask(registry, store, "r0+r1")
     assert engine.resident == {"r0", "r1"}
+
+
+async def test_what_is_removed_before_it_is_loaded_is_unknown_and_not_damaged(start: Started, store: Store) -> None:
+    engine, registry = start()
+    await ask(registry, store, "r0")
+    model = f"smol:{pinned(store, 'r1')}"
+    await ask(registry, store, "r1")  # admitted
+    await ask(registry, store, "r2")
+    await ask(registry, store, "r0")
+    assert "r1" not in engine.resident
+    shutil.rmtree(store.path("r1", 1))
+    with pytest.raises(UnknownAbilityError, match="'r1' version 1 is not here any more"):
+        async with registry.hold(model):
+            pass
 
 
 async def test_a_request_that_gives_up_leaves_no_memory_taken(start: Started, store: Store) -> None:
