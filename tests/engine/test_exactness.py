@@ -113,7 +113,7 @@ def test_bfloat16_is_as_close_to_float32_as_the_merged_checkpoint(base: Path, st
     from vllm import SamplingParams
 
     text = "extract+fr"
-    prompts = encode(base, PROMPTS)
+    prompts = encode(base, PROMPTS[::2])  # CPUs without bfloat16 instructions are very slow here
     model = merged_model(base, store, text)
     merged = tmp_path / "merged"
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(merged)
