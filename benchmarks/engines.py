@@ -41,7 +41,7 @@ def composition(case: str, request: int) -> str:
 
 
 def serve(kind: str, base: Path, work: Path, dtype: str, pipe: Connection) -> None:
-    """One engine's process: answers each case's name with its tokens per second.
+    """One engine's process: answers a case's name and the length of its answers with the tokens per second.
 
     Args:
         kind: a key of ``OPTIONS``; work: the store of the abilities, with ``lora/`` and ``merged/`` of the same deltas.
@@ -85,13 +85,14 @@ def serve(kind: str, base: Path, work: Path, dtype: str, pipe: Connection) -> No
         for i in range(REQUESTS)
     ]
     pipe.send("ready")
-    while (case := pipe.recv()) is not None:
+    while (asked := pipe.recv()) is not None:
+        case, tokens = asked
         prefill = "prefill" in case
-        params = SamplingParams(max_tokens=1 if prefill else TOKENS, temperature=0, ignore_eos=True)
+        params = SamplingParams(max_tokens=1 if prefill else tokens, temperature=0, ignore_eos=True)
         adapters = [adapter(case, i) for i in range(REQUESTS)]
         start = time.perf_counter()
         llm.generate(long if prefill else short, params, lora_request=adapters, use_tqdm=False)
-        pipe.send(REQUESTS * (PROMPT_TOKENS if prefill else TOKENS) / (time.perf_counter() - start))
+        pipe.send(REQUESTS * (PROMPT_TOKENS if prefill else tokens) / (time.perf_counter() - start))
     llm.llm_engine.engine_core.shutdown()
 
 
@@ -119,7 +120,7 @@ class Engines:
                 pipe.send(None)
             process.join()
 
-    def tokens_per_second(self, kind: str, case: str) -> float:
-        """Measures a case once on an engine."""
-        self._pipes[kind].send(case)
+    def tokens_per_second(self, kind: str, case: str, tokens: int = TOKENS) -> float:
+        """Measures a case once on an engine, with so many tokens per answer."""
+        self._pipes[kind].send((case, tokens))
         return float(self._pipes[kind].recv())
