@@ -15,14 +15,15 @@ from act_serve.engine.log import share_log
 def loggers() -> Iterator[tuple[logging.Logger, logging.Logger]]:
     """vLLM's and ours with nothing set, below a root logger at ERROR; as they were afterwards."""
     some = [logging.getLogger(), logging.getLogger("vllm"), logging.getLogger("act_serve")]
-    former = [(logger.level, logger.handlers) for logger in some]
+    former = [(logger.level, logger.handlers, logger.propagate) for logger in some]
     for logger, level in zip(some, (logging.ERROR, logging.NOTSET, logging.NOTSET), strict=True):
         logger.setLevel(level)
         logger.handlers = []
+        logger.propagate = True  # else pytest gives it handlers of its own
     yield some[1], some[2]
-    for logger, (level, handlers) in zip(some, former, strict=True):
+    for logger, (level, handlers, propagate) in zip(some, former, strict=True):
         logger.setLevel(level)
-        logger.handlers = handlers
+        logger.handlers, logger.propagate = handlers, propagate
 
 
 @pytest.mark.parametrize(("level", "lines"), [("INFO", 1), ("ERROR", 0)])
