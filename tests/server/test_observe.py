@@ -48,14 +48,6 @@ def total(client: httpx.Client, metric: str, **labels: str) -> float:
     return page.sum(metric, lambda found: labels.items() <= found.items())
 
 
-@pytest.fixture(autouse=True)
-def _router_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log as in a router's process, where no engine has run before."""
-    ours = logging.getLogger("act_serve")
-    monkeypatch.setattr(ours, "level", logging.NOTSET)
-    monkeypatch.setattr(ours, "handlers", [])
-
-
 def lines(caplog: pytest.LogCaptureFixture, number: int) -> list[str]:
     """The log's lines; they are written when the client has its answer already, so not always in order."""
     for _ in range(200):
