@@ -4,9 +4,9 @@
 
 Every engine that a case needs is up at the same time, each in its own processes: the base model, the base model with
 abilities, stock vLLM with the same deltas written as exact LoRA adapters, the checkpoint that an ability is merged
-into, and both of the first two in vLLM's compiled mode. Every round measures every case once, so that noise of the
-machine meets all cases alike; a case's ratio is the median over rounds of (its tok/s / that of the case that it is
-compared with in that round).
+into, and both of the first two in vLLM's compiled mode. Every round measures every case once (stock LoRA only the first
+one), so that noise of the machine meets all cases alike; a case's ratio is the median over rounds of (its tok/s / that
+of the case that it is compared with in that round).
 
 ``limit`` is what memory traffic allows: bytes read per decoding step by the base, over those with the case's active
 delta rows added (each read once per step, whatever the number of tokens). ``merged`` is the bound of ``one``: the same
@@ -115,8 +115,8 @@ def measure(engines: Engines, results: dict[str, list[float]], rounds: int) -> N
     for _ in range(rounds):
         number = len(results["base"]) + 1
         for case in results:
-            if case == "stock_lora" and number > 1:
-                continue  # very slow, and far enough from every other case
+            if case == "stock_lora" and results[case]:
+                continue  # once is enough: very slow, and far enough from every other case
             results[case].append(engines.tokens_per_second(CASES[case].engine, case))
             print(f"round {number} {case}: {results[case][-1]:.1f} tok/s", file=sys.stderr, flush=True)
 

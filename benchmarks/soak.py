@@ -16,12 +16,9 @@ import argparse
 import asyncio
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,14 +27,13 @@ from typing import Any
 import psutil
 
 from benchmarks.soak_traffic import Traffic, keys_file
-from tests.ports import free_port
+from tests.online.server_process import ServerProcess
 
 ABILITIES = 4  # and the guest
 _ROOM = 3
 _SAMPLE_S = 5.0
 _WARM_UP_SHARE, _MAX_WARM_UP_S = 1 / 3, 600.0
 _MAX_GROWTH = 0.05
-_READY_TIMEOUT_S = 900
 # How Ray and vLLM name their processes.
 _KINDS = {"Router": "router", "Engine": "engine", "VLLM": "engine"}
 
@@ -56,31 +52,17 @@ def prepare(work: Path, base: Path) -> int:
     return _ROOM * store.manifest("a0").counts.parameters * computing_dtype().itemsize * 21 // 20
 
 
-def start(work: Path, base: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
+def start(work: Path, base: Path) -> ServerProcess:
     """The server's process, and below it all others."""
-    main = "from act_serve.cli.main import main; main()"
-    command = [sys.executable, "-c", main, "serve", "--port", str(port), "--store", str(work / "store")]
-    command += ["--model", str(base), "--keys", str(keys_file(work / "keys.json"))]
-    for setting in (f"max_resident_bytes={prepare(work, base)}", "max_model_len=512"):
-        command += ["--set", setting]
-    with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file)
+    keys, room = keys_file(work / "keys.json"), prepare(work, base)
+    settings = ("--set", f"max_resident_bytes={room}", "--set", "max_model_len=512")
+    return ServerProcess("--store", str(work / "store"), "--model", str(base), "--keys", str(keys), *settings)
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Returns when an engine answers."""
-    deadline = time.monotonic() + _READY_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/ready"):
-            return
-        time.sleep(1)
-    raise SystemExit(f"the server does not start: {log.read_text()[-2000:]}")
-
-
-def memory(server: psutil.Process) -> dict[str, int]:
+def memory(server: ServerProcess) -> dict[str, int]:
     """Bytes of the routers and of the engines, each with all that belongs to them."""
     found = dict.fromkeys(_KINDS.values(), 0)
-    for process in server.children(recursive=True):
+    for process in server.descendants():
         with suppress(psutil.Error, IndexError):
             title = process.cmdline()[0]
             kind = next((kind for mark, kind in _KINDS.items() if mark in title), None)
@@ -89,7 +71,7 @@ def memory(server: psutil.Process) -> dict[str, int]:
     return found
 
 
-async def watch(server: psutil.Process, samples: Samples) -> None:
+async def watch(server: ServerProcess, samples: Samples) -> None:
     """Adds to the samples until it is cancelled."""
     begin = time.monotonic()
     while True:
@@ -109,9 +91,9 @@ def summarize(samples: Sequence[tuple[float, int]], warm_up_s: float) -> dict[st
     }  # fmt: skip
 
 
-async def soak(url: str, base: Path, server: psutil.Process, clients: int, seconds: float) -> tuple[Traffic, Samples]:
+async def soak(server: ServerProcess, base: Path, clients: int, seconds: float) -> tuple[Traffic, Samples]:
     """Runs the traffic."""
-    traffic, samples = Traffic(url, base), {}
+    traffic, samples = Traffic(server.url, base), {}
     watching = asyncio.create_task(watch(server, samples))
     await traffic.run(clients, time.monotonic() + seconds)
     watching.cancel()
@@ -144,18 +126,15 @@ def main() -> None:
 
     from act_serve.models.loading import embedded_base
 
-    base, seconds, port = options.base or embedded_base(), options.minutes * 60, free_port()
+    base, seconds = options.base or embedded_base(), options.minutes * 60
     with tempfile.TemporaryDirectory(prefix="act-serve-soak-") as work:
-        log = Path(work) / "server.log"
-        process = start(Path(work), base, port, log)
+        server = start(Path(work), base)
         try:
-            wait_until_ready(f"http://127.0.0.1:{port}", process, log)
+            server.wait_until_ready()
             print("the server is ready", file=sys.stderr, flush=True)
-            url, server = f"http://127.0.0.1:{port}", psutil.Process(process.pid)
-            result = report(*asyncio.run(soak(url, base, server, options.clients, seconds)), seconds)
+            result = report(*asyncio.run(soak(server, base, options.clients, seconds)), seconds)
         finally:
-            process.terminate()
-            process.wait(120)
+            server.close()
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     grown = [kind for kind, size in result["memory"].items() if size["growth"] > _MAX_GROWTH]

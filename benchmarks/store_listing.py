@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -27,18 +27,12 @@ import httpx
 from act_serve.abilities.catalogue import Catalogue
 from act_serve.abilities.store import Store, open_store
 from act_serve.delta.manifest import MANIFEST_FILE, dump_manifest
+from benchmarks.timing import milliseconds
 from tests.ports import free_port
 
 _SHIPPED = Path(__file__).parents[1] / "abilities"
 _REFRESHES = 9
 _READY_TIMEOUT_S = 300
-
-
-def milliseconds(work: Callable[[], object]) -> float:
-    """How long ``work`` takes."""
-    start = time.perf_counter()
-    work()
-    return (time.perf_counter() - start) * 1000
 
 
 def fill(store: Path, abilities: int) -> None:

@@ -16,18 +16,12 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+from benchmarks.timing import milliseconds
+
 REQUESTS, ABILITIES, SHARE = 16, 4, 0.05
-
-
-def milliseconds(work: Callable[[], object]) -> float:
-    """How long ``work`` takes."""
-    start = time.perf_counter()
-    work()
-    return (time.perf_counter() - start) * 1000
 
 
 def measure(base: Path, work: Path, repeats: int, dtype: str) -> dict[str, float]:

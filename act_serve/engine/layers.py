@@ -87,17 +87,15 @@ class DeltaLinearMethod:
 
 def add_ability_rows(x: torch.Tensor, y: torch.Tensor, layer: str) -> None:
     """:meth:`DeltaLayer.add` as an operator that torch.compile keeps whole."""
-    delta_layer = _LAYERS[layer]
-    if delta_layer.batch.weights is not None:
-        delta_layer.add(x, y)
+    _LAYERS[layer].add(x, y)
 
 
 def _shapes_only(x: torch.Tensor, y: torch.Tensor, layer: str) -> None:
     """What the operator returns, for the compiler."""
 
 
-# The operators live as long as this. vLLM's way to register one calls it without the layers of torch.library.custom_op,
-# which cost more than all else where no ability is active.
+# The operator lives as long as this. vLLM's way to register one calls it without the layers of torch.library.custom_op:
+# an empty call takes 2 us instead of 15 (AMD EPYC), and a step has one per layer, whether abilities are active or not.
 _LIBRARY = torch.library.Library("act_serve", "FRAGMENT")
 direct_register_custom_op(
     "add_ability_rows", add_ability_rows, mutates_args=["y"], fake_impl=_shapes_only, target_lib=_LIBRARY
