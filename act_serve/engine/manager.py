@@ -120,7 +120,7 @@ class AbilityManager:
         for adapter_id in [i for i, resolved in self._compositions.items() if key in resolved.weights]:
             self.remove_adapter(adapter_id)
         if key in self._residents:
-            self._batch.clear()
+            self._forget_step()
             self._residents.evict(key)
 
     # -- what vLLM asks --------------------------------------------------------------------------------------------
@@ -168,9 +168,8 @@ class AbilityManager:
 
     def remove_all_adapters(self) -> None:
         """Forgets all compositions."""
-        self._last_mapping = None
         self._compositions.clear()
-        self._batch.clear()
+        self._forget_step()
 
     def list_adapters(self) -> set[int]:
         """Ids of the known compositions."""
@@ -218,6 +217,11 @@ class AbilityManager:
         return False
 
     # ---------------------------------------------------------------------------------------------------------------
+
+    def _forget_step(self) -> None:
+        """Empties the tables, and has the next step fill them again even where its tokens are the last one's."""
+        self._batch.clear()
+        self._last_mapping = None
 
     def _resolve(self, request: LoRARequest) -> _Resolved:
         if self._store is None or request.lora_path != str(self._store.root):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.lora.request import LoRARequest
 
 from act_serve.abilities.changes import pin
 from act_serve.abilities.store import Store
@@ -20,7 +21,6 @@ from act_serve.delta.fit import ModuleShape
 from act_serve.delta.manifest import TENSORS_FILE
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.admission import Admission
-from act_serve.engine.batch import BatchTable
 from act_serve.engine.layers import DeltaLayer
 from act_serve.engine.manager import AbilityManager, _one_thread
 from act_serve.engine.plan import LayerPlan, Part, whole_modules
@@ -47,7 +47,8 @@ class Engine:
             linear: Any = SimpleNamespace(input_size=in_features, params_dtype=torch.float32)
             part = Part(name, ModuleShape(out_features, in_features), range(out_features), 0)
             plans.append(LayerPlan(name, linear, (part,), slice(None), adds_bias=True))
-            layers.append(DeltaLayer(name, BatchTable(), add_rows_reference))
+            layers.append(DeltaLayer(name, self.ability_manager._batch, add_rows_reference))
+        self.layers = layers
         self.ability_manager.modules = whole_modules([[part for plan in plans for part in plan.parts]])
         self.ability_manager._residents = ResidentAbilities(plans, layers, torch.device("cpu"), room)
 
@@ -59,6 +60,16 @@ class Engine:
     async def _call(self, args: tuple[Any, ...]) -> list[Any]:
         await asyncio.sleep(0.05)  # a running step
         return [AbilityWorker.load_abilities(self, *args)]  # type: ignore[arg-type]
+
+    def step(self, adapter: LoRARequest) -> torch.Tensor:
+        """What two tokens of the adapter get from all layers."""
+        mapping = SimpleNamespace(index_mapping=(adapter.lora_int_id,) * 2)
+        self.ability_manager.set_active_adapters({adapter}, mapping)
+        outputs = []
+        for layer, shape in zip(self.layers, self.ability_manager.modules.values(), strict=True):
+            outputs.append(torch.zeros(2, shape.out_features))
+            layer.add(torch.ones(2, shape.in_features), outputs[-1])
+        return torch.cat(outputs, 1)
 
     @property
     def resident(self) -> set[str]:
@@ -106,6 +117,18 @@ async def test_a_load_is_a_start_and_a_question_and_what_leaves_goes_with_the_st
     assert engine.resident == {"r1", "r2"}
     await ask(registry, store, "r2+r1*0.5")
     assert len(engine.calls) == 6, "a composition of resident abilities asks the workers nothing"
+
+
+async def test_what_leaves_unused_takes_nothing_from_the_tokens_of_others(start: Started, store: Store) -> None:
+    engine, registry = start()
+    model = f"smol:{pinned(store, 'r0')}"
+    async with registry.hold(model):
+        before = engine.step(registry._adapters[model])
+        assert before.any()
+        await ask(registry, store, "r1")  # and no step uses it, because its client has left
+        await ask(registry, store, "r2")
+        assert engine.resident == {"r0", "r2"}
+        assert torch.equal(engine.step(registry._adapters[model]), before)
 
 
 async def test_what_the_worker_finds_wrong_keeps_its_kind_and_can_be_repaired(start: Started, store: Store) -> None:
