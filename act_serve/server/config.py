@@ -103,8 +103,10 @@ class ServerSettings(BaseModel):
         default_abilities: what a request gets that asks for nothing: none, auto or a composition's text.
         allow_negative_weights: whether a request may subtract an ability.
         max_body_bytes: larger request bodies are refused with 413.
-        max_ongoing_requests: requests that one engine replica works on or queues itself.
-        max_queued_requests: requests that one router holds back for a free engine; more are refused with 429.
+        max_ongoing_requests: requests that one engine replica works on or queues itself; None is two full batches,
+            twice max_num_seqs.
+        max_queued_requests: requests that one router holds back for a free engine, in turns by their abilities; beyond
+            that, it refuses the newest of those that ask for the same abilities as most do, with 429.
         replica_wait_s: how long a request waits for a living engine before 503.
         catalogue_refresh_s: how often the router looks for changes in the store and in the keys file.
         keys: file of the API keys (docs/security.md); without one everybody may ask, and nobody may change anything.
@@ -148,7 +150,7 @@ class ServerSettings(BaseModel):
     default_abilities: Annotated[str, BeforeValidator(_check_default)] = "none"
     allow_negative_weights: bool = False
     max_body_bytes: PositiveInt = 10_000_000
-    max_ongoing_requests: PositiveInt = 64
+    max_ongoing_requests: PositiveInt | None = None
     max_queued_requests: PositiveInt = 256
     replica_wait_s: PositiveFloat = 30.0
     catalogue_refresh_s: PositiveFloat = 1.0
@@ -190,12 +192,17 @@ class ServerSettings(BaseModel):
                 "the number to begin with; give at least as many"
             )
         target = self.target_ongoing_requests
-        if target is not None and target > self.max_ongoing_requests:
+        if target is not None and target > self.ongoing_limit:
             raise ValueError(
                 f"target_ongoing_requests={target:g} is never reached, because an engine takes "
-                f"max_ongoing_requests={self.max_ongoing_requests} at most; give fewer"
+                f"max_ongoing_requests={self.ongoing_limit} at most; give fewer"
             )
         return self
+
+    @property
+    def ongoing_limit(self) -> int:
+        """Requests that one engine replica works on or queues itself."""
+        return self.max_ongoing_requests or 2 * self.max_num_seqs
 
 
 def read_settings(args: Mapping[str, Any]) -> ServerSettings:

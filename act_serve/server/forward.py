@@ -22,6 +22,7 @@ from act_serve.server.http_errors import error_event
 from act_serve.server.lease import DEAD_HEADER
 from act_serve.server.lost import ReplicaLostError, until_lost
 from act_serve.server.metrics import RouterMetrics
+from act_serve.server.route import ANYWHERE, Route
 from act_serve.server.upstream import Replica, Upstream
 
 _log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Exchange:
         report: JSON of the ``act`` object, or None for answers to leave as they are.
         answer_headers: added to an answer that is no error.
         meter: counts such an answer; None where nothing is generated.
+        route: which replica is best.
     """
 
     method: str
@@ -59,6 +61,7 @@ class Exchange:
     report: bytes | None = None
     answer_headers: tuple[tuple[bytes, bytes], ...] = ()
     meter: AnswerMeter | None = None
+    route: Route = ANYWHERE
 
 
 def open_session() -> aiohttp.ClientSession:
@@ -88,7 +91,7 @@ class Forwarder:
         failed: list[str] = []
         for attempt in range(_ATTEMPTS):
             try:
-                async with self.upstream.lease(failed) as replica:
+                async with self.upstream.lease(exchange.route, failed) as replica:
                     failed.append(replica.name)
                     await self._relay(exchange, replica, send)
                     return

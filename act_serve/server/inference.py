@@ -23,6 +23,7 @@ from act_serve.server.metrics import RouterMetrics
 from act_serve.server.paths import check_path
 from act_serve.server.request_body import ClientGoneError, is_json, parse_body, read_body
 from act_serve.server.request_record import RequestRecord, recognized, record_of
+from act_serve.server.route import route_of
 
 # Internal to the hop between router and engine, or read by vLLM as another choice of the model
 # (vllm/entrypoints/serve/sagemaker): a client's own value must not get there.
@@ -87,8 +88,16 @@ class Inference:
         headers.append(("content-type", "application/json"))
         if resolution.composition:
             headers.append((MODEL_HEADER, body["model"]))
-        report = json.dumps(resolution.report()).encode()
-        return Exchange("POST", target, headers, json.dumps(body).encode(), report, _answer_headers(resolution), meter)
+        return Exchange(
+            "POST",
+            target,
+            headers,
+            json.dumps(body).encode(),
+            json.dumps(resolution.report()).encode(),
+            _answer_headers(resolution),
+            meter,
+            route_of(resolution.composition, body),
+        )
 
     def _resolve_now(self, body: dict[str, Any], key: Key) -> Resolution:
         view, skills = self.catalogue.view, self.catalogue.skills

@@ -9,10 +9,12 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from act_serve.abilities.location import absolute
 from act_serve.server.config import ServerSettings, read_settings
 from act_serve.server.model_source import check_default_abilities, model_source
+from act_serve.server.ray_affinity import AffinityRouter
 from act_serve.server.ray_engine import ENGINE, Engine
 from act_serve.server.ray_router import router_class
 
@@ -21,6 +23,13 @@ _ROUTER_ONGOING = 10_000
 _HEALTH_PERIOD_S = 5.0
 # Ray replaces a replica after three silences of this length in a row; requests that it holds end then.
 _HEALTH_TIMEOUT_S = 10.0
+# Routers choose by what replicas report this often. Where several routers fill the replicas, a request looks again
+# after the backoff, which must be short: Ray's own half second would leave an engine that has become free without work.
+_ROUTING = RequestRouterConfig(
+    request_router_class=f"{AffinityRouter.__module__}.{AffinityRouter.__name__}",
+    request_routing_stats_period_s=1.0,
+    max_backoff_s=0.1,
+)
 
 
 def app(args: dict[str, Any]) -> Application:
@@ -48,8 +57,8 @@ def _engine_options(settings: ServerSettings) -> dict[str, Any]:
         **_number_of_engines(settings),
         "max_surge_percent": settings.engine_surge_percent,
         "graceful_shutdown_timeout_s": settings.engine_stop_s,
-        "max_ongoing_requests": settings.max_ongoing_requests,
-        "max_queued_requests": settings.max_queued_requests,
+        "max_ongoing_requests": settings.ongoing_limit,
+        "request_router_config": _ROUTING,
         "health_check_period_s": _HEALTH_PERIOD_S,
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,
         "ray_actor_options": resources,
@@ -64,7 +73,7 @@ def _number_of_engines(settings: ServerSettings) -> dict[str, Any]:
         "min_replicas": settings.engine_replicas,
         "max_replicas": settings.engine_max_replicas,
         "target_ongoing_requests": min(
-            settings.target_ongoing_requests or settings.max_num_seqs, settings.max_ongoing_requests
+            settings.target_ongoing_requests or settings.max_num_seqs, settings.ongoing_limit
         ),
         "look_back_period_s": settings.look_back_s,
         "upscale_delay_s": settings.upscale_delay_s,

@@ -26,6 +26,8 @@ from act_serve.server.model_source import model_folder
 
 _log = logging.getLogger(__name__)
 ENGINE = "Engine"
+# In a replica's report: the abilities that it has in memory.
+RESIDENT = "resident"
 _KEEP_ALIVE_S = 120
 
 
@@ -82,6 +84,11 @@ class Engine:
     def record_replica_metadata(self) -> dict[str, str]:
         """What Ray tells the routers about this replica, once it is ready."""
         return {"url": self._url, "token": self._token}
+
+    async def record_routing_stats(self) -> dict[str, list[str]]:
+        """What Ray tells the routers from time to time."""
+        seats = self._app.state.compositions.seats.occupancy()
+        return {RESIDENT: [str(key) for key, seat in seats.items() if seat.size and not seat.closing]}
 
     async def address(self) -> dict[str, str]:
         """The same with the replica's id, for those who ask all replicas."""

@@ -13,22 +13,24 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private import constants, replica
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from act_serve.errors import NotReadyError, OverloadedError
+from act_serve.errors import NotReadyError
 from act_serve.server.app import build_app
 from act_serve.server.config import ServerSettings
+from act_serve.server.fair_queue import FairQueue
 from act_serve.server.lease import LEASE_HEADER
 from act_serve.server.ray_engine import ENGINE, replica_headers
+from act_serve.server.route import Route
 from act_serve.server.upstream import Replica
+from act_serve.server.warmth import Ask, Warmth
 
 _log = logging.getLogger(__name__)
 _PROBE_TIMEOUT_S = 2.0
 _END_TIMEOUT_S = 5.0
-# How long a second attempt looks for a replica other than the one that failed, and how often.
-_OTHER_S = 2.0
-_OTHER_POLL_S = 0.1
+# Places at each engine that a router may take beyond its share.
+_SPARE = 8
 
 
 class RayUpstream:
@@ -37,28 +39,40 @@ class RayUpstream:
     Args:
         handle: of the Engine deployment.
         wait_s: how long a request may wait for a replica.
+        max_waiting: requests that may wait for one.
+        places: requests that this router may have at each replica.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any], wait_s: float) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], wait_s: float, max_waiting: int, places: int) -> None:
         self._handle = handle
         self._hold = handle.hold
         self._wait_s = wait_s
+        self._places = places
+        self._queue = FairQueue(max_waiting, places)
+        self._warmth = Warmth()
         self._ending: set[asyncio.Task[None]] = set()
         self._listed: dict[str, Replica] = {}
 
     @asynccontextmanager
-    async def lease(self, avoid: Collection[str] = ()) -> AsyncIterator[Replica]:
-        """Reserves a slot on the least busy of two replicas; Ray skips full ones, and dead ones once it knows."""
-        lease = uuid.uuid4().hex
+    async def lease(self, route: Route, avoid: Collection[str] = ()) -> AsyncIterator[Replica]:
+        """Reserves a slot on the best replica that has one (ray_affinity.py)."""
+        ask = Ask(route, tuple(avoid), self._warmth)
         try:
             async with asyncio.timeout(self._wait_s):
-                choice, selection = await self._choose(lease, avoid)
+                await self._queue.enter(route.group)
+                try:
+                    choice = self._hold.choose_replica(ask)
+                    selection = await choice.__aenter__()
+                except BaseException:
+                    self._queue.leave()
+                    raise
         except TimeoutError:
             raise NotReadyError(f"no engine replica was free within {self._wait_s:g} s; try again later") from None
-        except BackPressureError as exc:
-            raise OverloadedError("every engine's queue is full; try again in a moment") from exc
         except DeploymentUnavailableError as exc:
             raise NotReadyError("the engines are not available; see the server's log") from exc
+        self._queue.resize(self._places * max(ask.replicas, 1))
+        self._warmth.sent(route, selection.replica_id)
+        lease = uuid.uuid4().hex
         held = self._hold.dispatch(selection, lease)
         lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         watch = asyncio.create_task(_watch(held, lost))
@@ -70,19 +84,21 @@ class RayUpstream:
             held.cancel()
             raise
         finally:  # the client has its answer by now and must not wait for Ray's bookkeeping
-            ending = asyncio.create_task(_end(held, watch, choice))
+            ending = asyncio.create_task(self._end(held, watch, choice))
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
 
-    async def _choose(self, lease: str, avoid: Collection[str]) -> tuple[AbstractAsyncContextManager[Any], Any]:
-        deadline = asyncio.get_running_loop().time() + _OTHER_S
-        while True:
-            choice = self._hold.choose_replica(lease)
-            selection = await choice.__aenter__()
-            if selection.replica_id not in avoid or asyncio.get_running_loop().time() > deadline:
-                return choice, selection
+    async def _end(
+        self, held: DeploymentResponse[Any], watch: asyncio.Task[None], choice: AbstractAsyncContextManager[Any]
+    ) -> None:
+        try:
+            done, _ = await asyncio.wait({watch}, timeout=_END_TIMEOUT_S)
+            if not done:
+                held.cancel()
+                await asyncio.wait({watch}, timeout=_END_TIMEOUT_S)
             await choice.__aexit__(None, None, None)
-            await asyncio.sleep(_OTHER_POLL_S)
+        finally:
+            self._queue.leave()
 
     async def replicas(self) -> Sequence[Replica]:
         """All replicas that Ray knows; one that is silent or dead hides no other, and stays until Ray drops it."""
@@ -105,16 +121,6 @@ async def _watch(held: DeploymentResponse[Any], lost: asyncio.Future[str]) -> No
             lost.set_result(f"the call that its lease holds ended with {type(exc).__name__}")
 
 
-async def _end(
-    held: DeploymentResponse[Any], watch: asyncio.Task[None], choice: AbstractAsyncContextManager[Any]
-) -> None:
-    done, _ = await asyncio.wait({watch}, timeout=_END_TIMEOUT_S)
-    if not done:
-        held.cancel()
-        await asyncio.wait({watch}, timeout=_END_TIMEOUT_S)
-    await choice.__aexit__(None, None, None)
-
-
 def _take_over_port() -> None:
     """Lets a router listen on the only port there is while the kernel remembers connections of its killed predecessor.
 
@@ -131,6 +137,16 @@ def _take_over_port() -> None:
     replica.start_asgi_http_server = start_again
 
 
+def places_of_a_router(settings: ServerSettings) -> int:
+    """Requests that one router may have at each engine.
+
+    Beside other routers it has its share, and some that the others may not need; where all need theirs, these wait
+    inside Ray, which serves them in any order.
+    """
+    share = -(-settings.ongoing_limit // settings.router_replicas)
+    return share if settings.router_replicas == 1 else min(share + _SPARE, settings.ongoing_limit)
+
+
 def router_class(settings: ServerSettings, base_model: str) -> type:
     """The class of the Router deployment; its app is built in the replica."""
 
@@ -138,7 +154,10 @@ def router_class(settings: ServerSettings, base_model: str) -> type:
         _take_over_port()
         application = serve.get_replica_context().app_name
         open_upstream: Callable[[], RayUpstream] = lambda: RayUpstream(  # noqa: E731
-            serve.get_deployment_handle(ENGINE, application), settings.replica_wait_s
+            serve.get_deployment_handle(ENGINE, application),
+            settings.replica_wait_s,
+            settings.max_queued_requests,
+            places_of_a_router(settings),
         )
         return build_app(settings, base_model, open_upstream, named_in_front=True)
 

@@ -8,6 +8,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from act_serve.server.route import Route
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -30,10 +32,11 @@ class Replica:
 class Upstream(Protocol):
     """Picks engine replicas and keeps count of what each is working on."""
 
-    def lease(self, avoid: Collection[str] = ()) -> AbstractAsyncContextManager[Replica]:
+    def lease(self, route: Route, avoid: Collection[str] = ()) -> AbstractAsyncContextManager[Replica]:
         """A replica for one request; it counts as busy with it until the context ends.
 
         Args:
+            route: whose turn the request takes, and which replicas it would rather have.
             avoid: names of replicas that have just failed; taken only where there is no other.
 
         Raises:
@@ -52,7 +55,7 @@ class FixedUpstream:
         self._replica = replica
 
     @asynccontextmanager
-    async def lease(self, avoid: Collection[str] = ()) -> AsyncIterator[Replica]:
+    async def lease(self, route: Route, avoid: Collection[str] = ()) -> AsyncIterator[Replica]:
         """The replica."""
         yield self._replica
 

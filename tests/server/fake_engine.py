@@ -18,7 +18,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from act_serve.delta.composition import Composition
+from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.held import HELD_PATH, Held
+from act_serve.engine.settings import MODEL_HEADER
 from act_serve.server.lease import DEAD_HEADER
 
 
@@ -38,6 +41,12 @@ class FakeEngine:
                 Route("/{path:path}", self._answer, methods=["GET", "POST", "DELETE"]),
             ]
         )
+
+    def resident(self) -> list[str]:
+        """All abilities that it was ever asked for."""
+        models = [headers[MODEL_HEADER] for _, headers, _ in self.requests if MODEL_HEADER in headers]
+        compositions = [Composition.parse(model.rpartition(":")[2]) for model in models]
+        return sorted({str(AbilityKey.of(ability)) for each in compositions for ability in each.abilities})
 
     async def check_health(self) -> None:
         """As vLLM's engine client has it."""
@@ -66,7 +75,7 @@ class FakeEngine:
         if how == "hang":
             await asyncio.sleep(60)
         if how == "slow":
-            await asyncio.sleep(2)
+            await asyncio.sleep(0.5)
             return JSONResponse({"id": "x"})
         if how == "kill one":
             if _only_once(raw):

@@ -23,19 +23,22 @@ def application(settings: ServerSettings) -> Any:
 
     from act_serve.server.lease import Leases
     from act_serve.server.ray_app import _engine_options, _router_options
-    from act_serve.server.ray_engine import ENGINE, Engine
+    from act_serve.server.ray_engine import ENGINE, RESIDENT, Engine
     from act_serve.server.ray_router import router_class
     from tests.server.fake_engine import FakeEngine
 
     class Stand(Engine):
         async def __init__(self) -> None:  # type: ignore[misc]
             self._token = secrets.token_urlsafe(24)
-            fake = FakeEngine()
+            fake = self._fake = FakeEngine()
             healthy: Any = SimpleNamespace(check_health=fake.check_health)
             self._app = SimpleNamespace(state=SimpleNamespace(engine_client=healthy))
             self._leases = Leases(fake.app, self._token)
             self._exit = AsyncExitStack()
             await self._listen("127.0.0.1")
+
+        async def record_routing_stats(self) -> dict[str, list[str]]:
+            return {RESIDENT: self._fake.resident()}
 
     engine = serve.deployment(Stand).options(name=ENGINE, **_engine_options(settings))
     router = serve.deployment(router_class(settings, "base")).options(name="Router", **_router_options(settings))

@@ -106,7 +106,7 @@ def test_a_server_that_is_not_ready_counts_no_errors(store: Path) -> None:
 
 
 class Full(FixedUpstream):
-    def lease(self, avoid: Any = ()) -> Any:
+    def lease(self, route: Any, avoid: Any = ()) -> Any:
         raise OverloadedError("every queue is full")
 
 

@@ -23,8 +23,9 @@ pytestmark = pytest.mark.slow
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     store = tmp_path_factory.mktemp("store")
     publish(store, "fr")
+    publish(store, "math")
     settings = ServerSettings(
-        store=store, max_ongoing_requests=1, max_queued_requests=1, engine_replicas=2, engine_cpus=0, replica_wait_s=20
+        store=store, max_ongoing_requests=1, max_queued_requests=16, engine_replicas=2, engine_cpus=0, replica_wait_s=20
     )
     with running(settings) as address:
         yield address
@@ -35,14 +36,49 @@ def _ask(url: str, how: str) -> httpx.Response:
 
 
 def test_full_queues_are_answered_with_429_and_when_to_come_back(url: str) -> None:
-    with ThreadPoolExecutor(16) as pool:
-        replies = list(pool.map(lambda _: _ask(url, "slow"), range(16)))
+    with ThreadPoolExecutor(40) as pool:
+        replies = list(pool.map(lambda _: _ask(url, "slow"), range(40)))
     statuses = [reply.status_code for reply in replies]
     refused = next(reply for reply in replies if reply.status_code == 429)
     assert set(statuses) == {200, 429}, statuses
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "OverloadedError"
     assert _ask(url, "").status_code == 200
+
+
+def test_a_hot_composition_does_not_hold_up_a_cold_one(url: str) -> None:
+    _wait_for_two(url)
+    ended: list[str] = []
+
+    def ask(model: str) -> None:
+        reply = httpx.post(url + CHAT, json={"model": model, "fake": "slow"}, timeout=90)
+        assert reply.status_code == 200, reply.text
+        ended.append(model)
+
+    with ThreadPoolExecutor(15) as pool:
+        hot = [pool.submit(ask, "base:fr") for _ in range(14)]
+        time.sleep(0.4)
+        cold = pool.submit(ask, "base")
+    for request in (*hot, cold):
+        request.result()
+    # Those two that are being worked on and perhaps one more; the machine may be slow to send them.
+    assert ended.index("base") <= 6, ended
+
+
+def test_an_ability_stays_where_it_is_loaded_until_that_is_busy(url: str) -> None:
+    _wait_for_two(url)
+
+    def process(model: str) -> int:
+        reply = httpx.post(url + CHAT, json={"model": model, "fake": "stream"}, timeout=90)
+        return int(reply.headers["x-process"])
+
+    home = process("base:math")
+    time.sleep(5.0)  # only what the engines report counts by now
+    assert {process("base:math") for _ in range(8)} == {home}
+    assert len({process("base") for _ in range(16)}) == 2, "the base is everywhere"
+    with httpx.stream("POST", url + CHAT, json={"model": "base:math", "fake": "endless"}, timeout=90) as busy:
+        assert int(busy.headers["x-process"]) == home
+        assert process("base:math") != home
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

@@ -20,6 +20,7 @@ from act_serve.delta.manifest import MANIFEST_FILE
 from act_serve.errors import StoreError
 from act_serve.server.app import build_app
 from act_serve.server.config import ServerSettings
+from act_serve.server.route import Route
 from act_serve.server.upstream import FixedUpstream, Replica
 from tests.abilities.manifests import WORD_PROBLEMS, publish
 from tests.server.fake_engine import FakeEngine, serving
@@ -286,7 +287,7 @@ class Failover:
         self.leases = 0
 
     @asynccontextmanager
-    async def lease(self, avoid: Collection[str] = ()) -> AsyncIterator[Replica]:
+    async def lease(self, route: Route, avoid: Collection[str] = ()) -> AsyncIterator[Replica]:
         self.leases += 1
         self.avoided = list(avoid)
         yield self.left.pop(0) if len(self.left) > 1 else self.left[0]
@@ -309,10 +310,10 @@ class Losing(Failover):
     """Every replica is lost a moment after its lease began."""
 
     @asynccontextmanager
-    async def lease(self, avoid: Collection[str] = ()) -> AsyncIterator[Replica]:
+    async def lease(self, route: Route, avoid: Collection[str] = ()) -> AsyncIterator[Replica]:
         lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().call_later(0.3, lost.set_result, "its node is gone")
-        async with super().lease(avoid) as replica:
+        async with super().lease(route, avoid) as replica:
             yield dataclasses.replace(replica, lost=lost)
 
 
