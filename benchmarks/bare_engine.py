@@ -6,6 +6,7 @@ python -m benchmarks.bare_engine MODEL NAME STORE PORT [MAX_RESIDENT_BYTES]
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -28,5 +29,7 @@ if __name__ == "__main__":
     import uvloop
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # uvicorn ends at the signal and then raises it again, which must not end this process before its engine's.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     resident = int(sys.argv[5]) if len(sys.argv) > 5 else 0
     uvloop.run(serve(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), resident))

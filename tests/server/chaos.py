@@ -1,20 +1,32 @@
-"""A server under traffic, to break things in."""
+"""A server with two real engines under traffic, to break things in, and a judge of how its requests end."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import psutil
 
+from act_serve.abilities.store import Store
+from tests.abilities_for_tests import merged_model, publish_random
+from tests.engine.test_random_traffic import BEGINNINGS, check
 from tests.online.server_process import ServerProcess
-from tests.server.chaos_traffic import Ended, Traffic
+from tests.server.chaos_traffic import ANSWERED, NO_END, Ended, Traffic
 
+# One per client, of abilities that are resident before anything breaks; `late` and `later` nobody has asked for yet.
+COMPOSITIONS = [
+    *("", "r0", "r1", "r2", "r3", "r0+r1", "r2*0.5", "r3*1.5", "r0*2.5", "r1*0.5+r3", "r2+r3", "r0+r1+r2+r3"),
+    *("r1*2", "r0*0.5+r2*1.5", "r3*2", "r1*1.5"),
+]
+ABILITIES = ["r0", "r1", "r2", "r3", "late", "later"]
+PROMPTS = [(*beginning, 5 + i) for beginning in BEGINNINGS for i in range(4)]
+TOKENS = 160
 # How long a hang may take to be noticed, not what healing may take.
 _HEALING_LIMIT_S = 900
 
@@ -71,14 +83,31 @@ class Chaos:
         print(f"\n{name}: healed after {time.monotonic() - start_s:.1f} s; {shown}")
 
 
+def publish_abilities(store: Store, base: Path) -> None:
+    """All that the traffic and the tests ask for."""
+    for seed, name in enumerate(ABILITIES):
+        publish_random(store, base, name, seed, share=0.1, scale=0.1)
+
+
+@contextmanager
+def serving(base: Path, store: str | Path) -> Iterator[ServerProcess]:
+    """A server of the store's abilities with two engines."""
+    settings = ["engine_replicas=2", "engine_cpus=0", "dtype=float32", "max_model_len=512"]
+    words = (word for setting in settings for word in ("--set", setting))
+    server = ServerProcess("--model", str(base), "--store", str(store), *words)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.close()
+
+
 @asynccontextmanager
-async def under_traffic(
-    server: ServerProcess, compositions: Sequence[str], prompts: Sequence[tuple[int, ...]], max_tokens: int
-) -> AsyncIterator[Chaos]:
+async def under_fire(server: ServerProcess) -> AsyncIterator[Chaos]:
     """A client per composition is being answered, until the context ends."""
     async with httpx.AsyncClient(base_url=server.url, timeout=None) as http, asyncio.TaskGroup() as tasks:
-        clients = Traffic(http, "base", compositions, prompts, max_tokens)
-        for number in range(len(compositions)):
+        clients = Traffic(http, "base", COMPOSITIONS, PROMPTS, TOKENS)
+        for number in range(len(COMPOSITIONS)):
             tasks.create_task(clients.client(number))
         chaos = Chaos(server, clients)
         try:
@@ -87,6 +116,27 @@ async def under_traffic(
             yield chaos
         finally:
             clients.stopped = True
+
+
+def judge(ended: Iterable[Ended], base: Path, store: Store) -> None:
+    """Every request has ended, and every token that came, of broken streams too, is the merged checkpoint's."""
+    answers = defaultdict(set)
+    for e in ended:
+        assert e.how not in NO_END, e
+        assert len(e.tokens) == TOKENS or e.how != ANSWERED, e
+        if e.tokens:
+            answers[e.composition].add((e.prompt, e.tokens))
+    bare, as_base = merged_model(base, store, ""), 0
+    for composition, pairs in answers.items():
+        same = check(merged_model(base, store, composition), bare, [(list(p), list(t)) for p, t in sorted(pairs)])
+        as_base += same if composition else 0
+    # Abilities must change what is said, or the comparison proves nothing.
+    assert as_base < 0.2 * sum(map(len, answers.values()))
+
+
+def ways(ended: Iterable[Ended]) -> set[str]:
+    """How the requests ended."""
+    return {e.how for e in ended}
 
 
 def _title(process: psutil.Process) -> str:

@@ -7,31 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from act_serve.abilities.store import Store
 from act_serve.delta.manifest import TENSORS_FILE
-from tests.abilities_for_tests import merged_model, publish_random
 from tests.engine.test_families import make
-from tests.engine.test_random_traffic import BEGINNINGS, check
 from tests.online.server_process import ServerProcess
-from tests.server.chaos import Chaos, under_traffic
-from tests.server.chaos_traffic import ANSWERED, DISCONNECTED, ERROR_EVENT, NO_END, Ended
+from tests.server import chaos as chaos_module
+from tests.server.chaos import PROMPTS, Chaos, publish_abilities, serving, under_fire, ways
+from tests.server.chaos_traffic import ANSWERED, DISCONNECTED, ERROR_EVENT, Ended
 
 pytestmark = pytest.mark.slow
 
-ABILITIES, TOKENS = 4, 160
-COMPOSITIONS = [
-    *("", "r0", "r1", "r2", "r3", "r0+r1", "r2*0.5", "r3*1.5", "r0*2.5", "r1*0.5+r3", "r2+r3", "r0+r1+r2+r3"),
-    *("r1*2", "r0*0.5+r2*1.5", "r3*2", "r1*1.5"),
-]
-PROMPTS = [(*beginning, 5 + i) for beginning in BEGINNINGS for i in range(4)]
-ENGINE, ROUTER, CORE = "ray::ServeReplica:act-serve:Engine", "ray::ServeReplica:act-serve:Router", "VLLM::EngineCore"
+ENGINE, ROUTER = "ray::ServeReplica:act-serve:Engine", "ray::ServeReplica:act-serve:Router"
+CORE, WORKER = "VLLM::EngineCore", "VLLM::Worker"
 Judge = Callable[[Iterable["Ended"]], None]
 
 
@@ -42,60 +35,26 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """``r0`` to ``r3`` for the clients, ``late`` and ``later`` that nobody has asked for yet."""
     store = Store(tmp_path_factory.mktemp("stores") / "store")
-    for seed, name in enumerate([*(f"r{i}" for i in range(ABILITIES)), "late", "later"]):
-        publish_random(store, base, name, seed, share=0.1, scale=0.1)
+    publish_abilities(store, base)
     return store
 
 
 @pytest.fixture(scope="module")
 def server(base: Path, store: Store) -> Iterator[ServerProcess]:
-    settings = ["engine_replicas=2", "engine_cpus=0", "dtype=float32", "max_model_len=512"]
-    words = (word for setting in settings for word in ("--set", setting))
-    running = ServerProcess("--model", str(base), "--store", str(store.root), *words)
-    try:
-        running.wait_until_ready()
+    with serving(base, store.root) as running:
         yield running
-    finally:
-        running.close()
-
-
-def under_fire(server: ServerProcess) -> AbstractAsyncContextManager[Chaos]:
-    """The server with its clients."""
-    return under_traffic(server, COMPOSITIONS, PROMPTS, TOKENS)
-
-
-def ways(ended: Iterable[Ended]) -> set[str]:
-    """How the requests ended."""
-    return {e.how for e in ended}
 
 
 @pytest.fixture(scope="module")
-def judge(base: Path, store: Store) -> Callable[[Iterable[Ended]], None]:
-    """Every request has ended, and every token that came, of broken streams too, is the merged checkpoint's."""
-    bare = merged_model(base, store, "")
-
-    def compare(ended: Iterable[Ended]) -> None:
-        answers = defaultdict(set)
-        for e in ended:
-            assert e.how not in NO_END, e
-            assert len(e.tokens) == TOKENS or e.how != ANSWERED, e
-            if e.tokens:
-                answers[e.composition].add((e.prompt, e.tokens))
-        as_base = 0
-        for composition, pairs in answers.items():
-            same = check(merged_model(base, store, composition), bare, [(list(p), list(t)) for p, t in sorted(pairs)])
-            as_base += same if composition else 0
-        # Abilities must change what is said, or the comparison proves nothing.
-        assert as_base < 0.2 * sum(map(len, answers.values()))
-
-    return compare
+def judge(base: Path, store: Store) -> Judge:
+    return partial(chaos_module.judge, base=base, store=store)
 
 
-async def test_an_engines_core_that_is_killed(server: ServerProcess, judge: Judge) -> None:
+@pytest.mark.parametrize("title", [CORE, WORKER])
+async def test_a_process_of_an_engine_that_is_killed(server: ServerProcess, judge: Judge, title: str) -> None:
     async with under_fire(server) as chaos:
-        await dies(chaos, CORE, "an engine's core is killed")
+        await dies(chaos, title, f"{title} is killed")
     judge(chaos.traffic.ended)
 
 
