@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from act_serve.delta.artifact import as_stored
+from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.delta.manifest import Localization
 from act_serve.models.examples import Example
-from act_serve.pipeline.datasets.catalogue import load_examples
+from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples
 from act_serve.pipeline.evaluate import Question
 from act_serve.pipeline.job import Job
 from act_serve.pipeline.measure import Scores
+from act_serve.pipeline.publish import Descent
 from act_serve.pipeline.scored_stage import scored
 from act_serve.pipeline.scorers import HIGHER_IS_BETTER
 from act_serve.pipeline.stage_files import load_deltas
@@ -25,6 +28,19 @@ class Origin:
     source: Path
     source_key: str
     calibration: list[Example]
+
+    def descent(self, settled: Profile, base: Path) -> Descent:
+        """What the manifest says of the rows that a profile with its p and λ settled has taken from here."""
+        localization = Localization(
+            ranking=settled.localize.ranking,
+            p=settled.localize.p,
+            strength=settled.transfer.strengths[0],
+            seed=settled.seed,
+            calibration=examples_hash(self.calibration),
+            fine_tune_steps=settled.finetune.steps,
+        )
+        source = settled.source.model or f"trained from {base.name} on the profile's data"
+        return Descent(source, fingerprint_model(self.source), localization)
 
 
 @dataclass(frozen=True, slots=True)

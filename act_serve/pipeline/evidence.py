@@ -5,29 +5,31 @@ from act_serve.delta.artifact import as_stored
 from act_serve.errors import RetentionError
 from act_serve.pipeline.candidate import Candidate, Origin, scored_rows
 from act_serve.pipeline.conflict import conflict
-from act_serve.pipeline.datasets.catalogue import examples_hash
 from act_serve.pipeline.evaluate import broken
 from act_serve.pipeline.job import Job
 from act_serve.pipeline.measure import Scores, load_intervals, manifest_scores, questions_of
 from act_serve.pipeline.neighbours import neighbours
+from act_serve.pipeline.parent import Parent
 from act_serve.pipeline.publish import Evidence
 from act_serve.pipeline.scored_stage import scored
 from act_serve.pipeline.search import Curve
 from act_serve.pipeline.stage_files import load_deltas
 
 
-def gather_evidence(candidate: Candidate, origin: Origin, store: Store, curve: Curve | None) -> Evidence:
+def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store, curve: Curve | None) -> Evidence:
     """Measures everything on held-out data and shows it; raises RetentionError when the ability costs too much."""
     job, profile = candidate.job, candidate.job.profile
     questions = questions_of(profile)
-    variants = {
-        "base": scored(job, "evaluate-base", job.base, job.base_key, [], questions),
-        "source": scored(job, "evaluate-source", origin.source, origin.source_key, [], questions),
-        "transfer": scored_rows(job, "evaluate-transfer", candidate.transferred, questions),
-        "delta": scored_rows(job, "evaluate-delta", candidate.final, questions),
-    }
-    scores = manifest_scores(questions, variants)
+    variants = {"base": scored(job, "evaluate-base", job.base, job.base_key, [], questions)}
+    if isinstance(origin, Origin):
+        variants["source"] = scored(job, "evaluate-source", origin.source, origin.source_key, [], questions)
+        variants["transfer"] = scored_rows(job, "evaluate-transfer", candidate.transferred, questions)
+    variants["delta"] = scored_rows(job, "evaluate-delta", candidate.final, questions)
     intervals = {variant: load_intervals(job.work / f"evaluate-{variant}") for variant in variants}
+    if isinstance(origin, Parent):
+        variants |= origin.scores_of("source", questions, variants["base"])
+        variants |= origin.scores_of("transfer", questions, variants["base"])
+    scores = manifest_scores(questions, variants)
     job.screen.show_scores(profile.name, scores, intervals["delta"])
     _refuse_costly(job, variants["base"], variants["delta"])
     tuned = as_stored(load_deltas(candidate.final.folder), profile.stored)
@@ -48,7 +50,7 @@ def gather_evidence(candidate: Candidate, origin: Origin, store: Store, curve: C
         "search": curve.as_json() if curve else None,
         "peak_bytes": dict(job.peak_bytes),
     }
-    return Evidence(scores, details, examples_hash(origin.calibration))
+    return Evidence(scores, details)
 
 
 def _refuse_costly(job: Job, base: Scores, delta: Scores) -> None:

@@ -74,7 +74,7 @@ def load_intervals(folder: Path) -> dict[str, Interval]:
 
 
 def manifest_scores(questions: Sequence[Question], variants: Mapping[str, Scores]) -> tuple[Score, ...]:
-    """One manifest entry per task, from the scores of `base`, `source`, `transfer` and `delta`."""
+    """One manifest entry per task, from the scores of `base`, `source`, `transfer` and `delta`, as far as known."""
     return tuple(
         Score(
             task=task.name,
@@ -82,7 +82,7 @@ def manifest_scores(questions: Sequence[Question], variants: Mapping[str, Scores
             higher_is_better=HIGHER_IS_BETTER[task.metric],
             items=len(question.examples),
             retained=isinstance(task, RetainedTask),
-            **_rounded({variant: variants[variant][task.name] for variant in variants}),
+            **_rounded({name: scores[task.name] for name, scores in variants.items() if task.name in scores}),
         )
         for question in questions
         for task in (question.task,)

@@ -50,13 +50,16 @@ def make_plan(profile: Profile, base: Path, sample: list[Example]) -> Plan:
         seconds = DENSE_STEP * seconds_per_item * train.steps * train.batch_size
         stages.append(PlannedStage("source", f"train the ability model densely, {train.steps} steps", seconds))
         peak = max(peak, whole + linear * (DENSE_BYTES + 2 * computing_dtype().itemsize))
-    stages.append(_calibration(profile.localize, use, seconds_per_item))
     search = profile.search
-    shares = " or ".join(f"{p:.1%}" for p in (sorted(search.p) if search else (profile.localize.p,)))
-    ranked = f"{shares} of the linear parameters by {profile.localize.ranking}"
-    stages.append(PlannedStage("localize", ranked, 1.0))
-    strengths = " or ".join(f"{strength:g}" for strength in profile.transfer.strengths)
-    stages.append(PlannedStage("transfer", f"copy these rows' differences, λ = {strengths}", 1.0))
+    if profile.source.ability is None:
+        stages.append(_calibration(profile.localize, use, seconds_per_item))
+        shares = " or ".join(f"{p:.1%}" for p in (sorted(search.p) if search else (profile.localize.p,)))
+        ranked = f"{shares} of the linear parameters by {profile.localize.ranking}"
+        stages.append(PlannedStage("localize", ranked, 1.0))
+        strengths = " or ".join(f"{strength:g}" for strength in profile.transfer.strengths)
+        stages.append(PlannedStage("transfer", f"copy these rows' differences, λ = {strengths}", 1.0))
+    else:
+        stages.append(PlannedStage("transfer", f"take the rows of {profile.source.ability}", 1.0))
     if tune.steps:
         kept = RETENTION_STEP * tune.retention.items_per_step if tune.retention else 0.0
         taught = 1.0 if tune.loss == "distill" else 0.0
@@ -65,7 +68,8 @@ def make_plan(profile: Profile, base: Path, sample: list[Example]) -> Plan:
         stages.append(PlannedStage("finetune", f"train the rows alone, {tune.steps} steps", seconds))
     tasks = (*profile.score, *profile.retain)
     what = ", ".join(f"{task.name} ({task.items})" for task in tasks)
-    stages.append(PlannedStage("evaluate", what, 4 * 3 * seconds_per_item * sum(task.items for task in tasks)))
+    variants = 4 if profile.source.ability is None else 2
+    stages.append(PlannedStage("evaluate", what, variants * 3 * seconds_per_item * sum(task.items for task in tasks)))
     return Plan(tuple(stages), peak)
 
 

@@ -12,7 +12,7 @@ from act_serve.abilities.changes import add, incoming
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import ModuleDelta, count_modules, entries_of, serialize_modules, write_artifact
 from act_serve.delta.fingerprint import fingerprint_model
-from act_serve.delta.manifest import EVALUATION_FILE, Localization, Manifest, Score, Stored
+from act_serve.delta.manifest import EVALUATION_FILE, Localization, Manifest, ModelFingerprint, Score, Stored
 from act_serve.models.families import channel_modules
 from act_serve.profile.schema import Profile
 
@@ -23,11 +23,25 @@ class Evidence:
 
     scores: tuple[Score, ...]
     details: Mapping[str, Any]
-    calibration: str
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """Where the rows come from, for the manifest: the ability model, and how its channels were chosen."""
+
+    source: str
+    fingerprint: ModelFingerprint | None
+    localization: Localization | None
 
 
 def publish(
-    *, profile: Profile, base: Path, source: Path, deltas: Mapping[str, ModuleDelta], evidence: Evidence, store: Store
+    *,
+    profile: Profile,
+    base: Path,
+    descent: Descent,
+    deltas: Mapping[str, ModuleDelta],
+    evidence: Evidence,
+    store: Store,
 ) -> Path:
     """Writes the next version of a built ability into `store`, in the profile's stored form, and returns its folder.
 
@@ -48,9 +62,9 @@ def publish(
         license=profile.license,
         base=base.name,
         base_fingerprint=fingerprint_model(base),
-        source=profile.source.model or f"trained from {base.name} on the profile's data",
-        source_fingerprint=fingerprint_model(source),
-        localization=_localization(profile, evidence.calibration),
+        source=descent.source,
+        source_fingerprint=descent.fingerprint,
+        localization=descent.localization,
         scores=evidence.scores,
     )
 
@@ -90,14 +104,3 @@ def publish_deltas(
 def channel_counts(base: Path) -> dict[str, int]:
     """The number of channels of each module of the model in `base` that holds channels."""
     return {module.name: module.out_features for module in channel_modules(base)}
-
-
-def _localization(profile: Profile, calibration: str) -> Localization:
-    return Localization(
-        ranking=profile.localize.ranking,
-        p=profile.localize.p,
-        strength=profile.transfer.strengths[0],
-        seed=profile.seed,
-        calibration=calibration,
-        fine_tune_steps=profile.finetune.steps,
-    )

@@ -6,16 +6,18 @@ from act_serve.abilities.store import Store
 from act_serve.models.loading import resolve_model
 from act_serve.models.pairs import check_pair
 from act_serve.pipeline.budget import settle_budget
-from act_serve.pipeline.candidate import Origin, make_candidate
+from act_serve.pipeline.candidate import Candidate, Origin, make_candidate
 from act_serve.pipeline.evidence import gather_evidence
 from act_serve.pipeline.job import Job
 from act_serve.pipeline.neighbours import company
+from act_serve.pipeline.parent import Parent, find_parent
 from act_serve.pipeline.plan import make_plan
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.publish import publish
-from act_serve.pipeline.search import smallest_candidate
+from act_serve.pipeline.search import Curve, smallest_candidate
 from act_serve.pipeline.source_model import source_model
 from act_serve.pipeline.stage_files import load_deltas
+from act_serve.pipeline.tuned_rows import tuned_rows
 from act_serve.profile.schema import Profile
 
 PLAN_EXAMPLES = 8
@@ -30,20 +32,31 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
     """
     base = resolve_model(profile.base)
     job = Job(settle_budget(profile, base), base, work, screen, company(profile, store, base))
+    parent = find_parent(profile.source.ability, store, base) if profile.source.ability else None
     if profile.source.model is not None:
         check_pair(job.base, resolve_model(profile.source.model))
     _show_plan(job)
-    source, source_key = source_model(job)
-    origin = Origin(source, source_key, job.examples("train", profile.localize.calibration_items))
-    if profile.search is None:
-        candidate, curve = make_candidate(job, origin), None
-    else:
-        candidate, curve = smallest_candidate(job, origin, profile.search)
+    candidate, origin, curve = _continued(job, parent) if parent else _made(job)
     evidence = gather_evidence(candidate, origin, store, curve)
     deltas, settled = load_deltas(candidate.final.folder), candidate.job.profile
-    folder = publish(profile=settled, base=job.base, source=source, deltas=deltas, evidence=evidence, store=store)
+    descent = origin.descent(settled, base)
+    folder = publish(profile=settled, base=base, descent=descent, deltas=deltas, evidence=evidence, store=store)
     screen.note(f"published [bold]{profile.name}@{folder.name}[/bold] in {folder}")
     return folder
+
+
+def _made(job: Job) -> tuple[Candidate, Origin, Curve | None]:
+    source, source_key = source_model(job)
+    origin = Origin(source, source_key, job.examples("train", job.profile.localize.calibration_items))
+    if job.profile.search is None:
+        return make_candidate(job, origin), origin, None
+    candidate, curve = smallest_candidate(job, origin, job.profile.search)
+    return candidate, origin, curve
+
+
+def _continued(job: Job, parent: Parent) -> tuple[Candidate, Parent, None]:
+    rows = parent.rows(job)
+    return Candidate(job, rows, tuned_rows(job, rows), {}), parent, None
 
 
 def show_plan(profile: Profile, screen: Screen) -> None:

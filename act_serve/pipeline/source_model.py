@@ -16,7 +16,7 @@ def source_model(job: Job) -> tuple[Path, str]:
     if wanted.model is not None:
         folder = resolve_model(wanted.model)
         return folder, fingerprint_model(folder).model_dump_json()
-    assert wanted.train is not None  # the profile has exactly one of the two
+    assert wanted.train is not None  # the profile has exactly one of them, and this is no continued ability
     settings, seed = wanted.train, job.profile.seed
     examples = job.examples("train", settings.items)
     inputs = {

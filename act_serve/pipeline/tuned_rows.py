@@ -12,8 +12,11 @@ from act_serve.pipeline.training import Report
 from act_serve.profile.schema import Profile
 
 
-def tuned_rows(job: Job, transferred: Stage, source: Path, source_key: str) -> Stage:
-    """Trains the transferred rows as the profile says; the transfer itself where that is no step at all."""
+def tuned_rows(job: Job, transferred: Stage, source: Path | None = None, source_key: str = "") -> Stage:
+    """Trains the transferred rows as the profile says; the transfer itself where that is no step at all.
+
+    The ability model `source` is needed where the profile distils from it.
+    """
     profile, settings = job.profile, job.profile.finetune
     if settings.steps == 0:
         return transferred

@@ -65,15 +65,23 @@ class TrainSource(_Section):
 
 
 class Source(_Section):
-    """The ability model: ready-made (a folder or hub id), or trained here from the profile's data."""
+    """Where the rows come from.
+
+    An ability model, ready-made (`model`, a folder or hub id) or trained here from the profile's data (`train`); or
+    `ability`, a published one such as `es` or `es@1`, whose rows are trained further and no model is needed.
+    """
 
     model: str | None = None
     train: TrainSource | None = None
+    ability: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9_-]{0,63}(@[1-9][0-9]{0,8})?$")
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":
-        if (self.model is None) == (self.train is None):
-            raise ValueError("give either `model` (a folder or hub id) or `train` (how to train one from the data)")
+        if sum(origin is not None for origin in (self.model, self.train, self.ability)) != 1:
+            raise ValueError(
+                "give one of `model` (a folder or hub id), `train` (how to train one from the data) and `ability` (a "
+                "published one to go on from)"
+            )
         return self
 
 
@@ -229,6 +237,18 @@ class Profile(_Section):
     search: Search | None = None
     score: tuple[Task, ...] = Field(min_length=1)
     retain: tuple[RetainedTask, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> "Profile":
+        if self.source.ability is None:
+            return self
+        chosen = [name for name in ("localize", "transfer", "search") if name in self.model_fields_set]
+        if chosen or self.finetune.loss == "distill":
+            what = chosen[0] if chosen else "finetune.loss: distill"
+            raise ValueError(f"`{what}` needs an ability model; `source.ability` brings its rows and no model")
+        if not self.finetune.steps:
+            raise ValueError("with `source.ability`, finetune.steps must be at least 1, or nothing would change")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Profile":

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import read_artifact
-from act_serve.errors import BuildError, PairMismatchError, RetentionError
+from act_serve.errors import BuildError, PairMismatchError, ProfileError, RetentionError, UnknownAbilityError
 from act_serve.models.answering import answers
 from act_serve.models.examples import Example
 from act_serve.models.loading import load_model, load_tokenizer
@@ -205,6 +205,54 @@ def test_pair_that_does_not_fit(tmp_path: Path, pair: dict[str, list[int]]) -> N
     make_llama(tmp_path / "wide", hidden=64)
     with pytest.raises(PairMismatchError, match="hidden_size"):
         build(tmp_path, profile_file(tmp_path, source={"model": str(tmp_path / "wide")}))
+
+
+def test_a_published_ability_is_trained_further_without_its_model(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    first, _ = build(tmp_path, profile_file(tmp_path))
+    (tmp_path / "source").rename(tmp_path / "gone")
+    tune = {"steps": 4, "batch_size": 2, "items": 5, "learning_rate": 1e-2}
+    path = profile_file(tmp_path, source={"ability": "demo@1"}, finetune=tune)
+    content = yaml.safe_load(path.read_text())
+    del content["localize"]
+    content["score"][1]["items"] = 3
+    path.write_text(yaml.safe_dump(content))
+    second, said = build(tmp_path, path)
+    assert second.name == "2"
+    (before, rows), (after, tuned) = read_artifact(first), read_artifact(second)
+    assert all(torch.equal(rows[name].rows, tuned[name].rows) for name in rows)
+    assert any(not torch.equal(rows[name].delta, tuned[name].delta) for name in rows)
+    assert after.source == f"trained on from demo@1~{before.digest}"
+    assert after.source_fingerprint == before.source_fingerprint
+    assert after.localization == before.localization.model_copy(update={"fine_tune_steps": 7})
+    was, now = ({score.task: score for score in manifest.scores} for manifest in (before, after))
+    assert now["demo_nll"].delta < was["demo_nll"].delta
+    assert now["demo_nll"].source == was["demo_nll"].source is not None
+    assert now["demo_nll"].transfer == was["demo_nll"].transfer is not None
+    assert now["demo_exact"].source is None, "it was measured on other examples"
+    assert "evaluate-source" not in said
+    again, said = build(tmp_path, path)
+    assert again.name == "3"
+    assert said.count("kept from an earlier run") == said.count("✓")
+
+
+def test_what_an_ability_goes_on_from_must_fit(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    path = profile_file(tmp_path, source={"ability": "absent"})
+    with pytest.raises(ProfileError, match="brings its rows and no model"):
+        load_profile(path)
+    content = yaml.safe_load(path.read_text())
+    del content["localize"]
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UnknownAbilityError, match="absent"):
+        build(tmp_path, path)
+    path.write_text(yaml.safe_dump({**content, "source": {"ability": "Up/../"}}))
+    with pytest.raises(ProfileError, match="ability"):
+        load_profile(path)
+    path.write_text(yaml.safe_dump({**content, "source": {"ability": "demo", "model": "base"}}))
+    with pytest.raises(ProfileError, match="give one of"):
+        load_profile(path)
+    path.write_text(yaml.safe_dump({**content, "finetune": {"steps": 0}}))
+    with pytest.raises(ProfileError, match="nothing would change"):
+        load_profile(path)
 
 
 def test_source_trained_by_the_build(tmp_path: Path, pair: dict[str, list[int]]) -> None:

@@ -1,0 +1,82 @@
+"""A published ability whose rows are trained further: with more steps, other text or in other company."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from act_serve.abilities.store import Store
+from act_serve.delta.artifact import read_artifact
+from act_serve.delta.composition import Composition
+from act_serve.delta.fingerprint import check_base, fingerprint_model
+from act_serve.delta.manifest import Manifest
+from act_serve.pipeline.evaluate import Question
+from act_serve.pipeline.job import Job
+from act_serve.pipeline.measure import Scores
+from act_serve.pipeline.publish import Descent
+from act_serve.pipeline.stage_files import save_deltas
+from act_serve.pipeline.stages import Stage
+from act_serve.pipeline.training import Report
+from act_serve.profile.schema import Profile
+
+# Two runs of the base on the same examples differ by less than this, as a share; on other examples by more.
+_SAME = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A published ability, by its manifest and the folder of its files."""
+
+    manifest: Manifest
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """Name, version and content, as pinned compositions have them."""
+        return f"{self.manifest.name}@{self.manifest.version}~{self.manifest.digest}"
+
+    def rows(self, job: Job) -> Stage:
+        """Its rows as the stage that fine-tuning begins with."""
+
+        def make(folder: Path, _report: Report) -> None:
+            save_deltas(folder, read_artifact(self.folder)[1])
+
+        return job.keep("transfer", {"ability": self.manifest.tensors_sha256}, make)
+
+    def scores_of(
+        self, variant: Literal["source", "transfer"], questions: Sequence[Question], base: Scores
+    ) -> dict[str, Scores]:
+        """What its build measured of a variant that is not at hand any more, on those tasks that are the same now.
+
+        A task is the same if its name, metric and number of items are, and the base has the score that it had.
+        """
+        found: Scores = {}
+        for score in self.manifest.scores:
+            value, now = getattr(score, variant), base.get(score.task)
+            same = any(
+                (score.task, score.metric, score.items) == (q.task.name, q.task.metric, len(q.examples))
+                for q in questions
+            )
+            if value is not None and now is not None and same and abs(now - score.base) <= _SAME * abs(now):
+                found[score.task] = value
+        return {variant: found} if found else {}
+
+    def descent(self, settled: Profile, base: Path) -> Descent:
+        """What the manifest says of rows that were trained on from here."""
+        localization = self.manifest.localization
+        if localization is not None:
+            steps = localization.fine_tune_steps + settled.finetune.steps
+            localization = localization.model_copy(update={"fine_tune_steps": steps})
+        return Descent(f"trained on from {self.label}", self.manifest.source_fingerprint, localization)
+
+
+def find_parent(ability: str, store: Store, base: Path) -> Parent:
+    """The ability that a profile goes on from, `NAME` or `NAME@VERSION`.
+
+    Raises UnknownAbilityError when the store lacks it, BaseMismatchError when it was built for another base than the
+    one in the folder `base`.
+    """
+    (wanted,) = Composition.parse(ability).abilities
+    manifest = store.manifest(wanted.name, wanted.version)
+    check_base(manifest.base_fingerprint, fingerprint_model(base), what=f"{manifest.name}@{manifest.version}")
+    return Parent(manifest, store.fetch(manifest.name, manifest.version))
