@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +21,14 @@ TOKEN_HEADER = "x-act-token"
 DEAD_HEADER = "x-act-engine-dead"
 # A lease whose request does not arrive: the router died in between, or could not connect.
 UNCLAIMED_S = 30.0
+# How long an answer waits for its lease. One that does not come was refused by Ray, and the router knows.
+UNHELD_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Lease:
+    held: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Leases:
@@ -32,20 +42,21 @@ class Leases:
 
     def __init__(self, app: ASGIApp, token: str, dead: Callable[[], bool] = lambda: False) -> None:
         self._app, self._token, self._dead = app, token.encode(), dead
-        self._held: dict[str, asyncio.Event] = {}
+        self._leases: dict[str, _Lease] = {}
         self._claimed: set[str] = set()
 
     async def hold(self, lease: str) -> None:
         """Returns when the request with this lease has ended, or did not begin for half a minute."""
-        ended = self._held.setdefault(lease, asyncio.Event())
+        found = self._leases.setdefault(lease, _Lease())
+        found.held.set()
         try:
             try:
-                await asyncio.wait_for(ended.wait(), UNCLAIMED_S)
+                await asyncio.wait_for(found.ended.wait(), UNCLAIMED_S)
             except TimeoutError:
                 if lease in self._claimed:
-                    await ended.wait()
+                    await found.ended.wait()
         finally:
-            self._held.pop(lease, None)
+            self._leases.pop(lease, None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The app, for requests with the token; any other gets 401."""
@@ -61,27 +72,29 @@ class Leases:
         if not lease:
             await self._app(scope, receive, send)
             return
-        ended = self._held.setdefault(lease, asyncio.Event())
+        found = self._leases.setdefault(lease, _Lease())
         self._claimed.add(lease)
         try:
-            await self._app(scope, receive, _Marked(send, self._dead))
+            await self._app(scope, receive, _Marked(send, self._dead, found.held))
         finally:
             self._claimed.discard(lease)
-            ended.set()
+            found.ended.set()
             # For a call that never comes, because its router died.
-            asyncio.get_running_loop().call_later(UNCLAIMED_S, self._held.pop, lease, None)
+            asyncio.get_running_loop().call_later(UNCLAIMED_S, self._leases.pop, lease, None)
 
 
 class _Marked:
     """An ASGI send that marks the answers of a dead engine.
 
-    A streamed answer's head is kept back until its first bytes: only then is it known whether the engine gave them.
+    A streamed answer's head is kept back until its first bytes: only then is it known whether the engine gave them. It
+    waits for its lease, too, without which Ray may end the replica in the middle of the answer: a router that learns
+    that a call was refused asks another replica, as long as nothing has come.
     """
 
-    __slots__ = ("_dead", "_head", "_send")
+    __slots__ = ("_dead", "_head", "_held", "_send")
 
-    def __init__(self, send: Send, dead: Callable[[], bool]) -> None:
-        self._send, self._dead = send, dead
+    def __init__(self, send: Send, dead: Callable[[], bool], held: asyncio.Event) -> None:
+        self._send, self._dead, self._held = send, dead, held
         self._head: Message | None = None
 
     async def __call__(self, message: Message) -> None:
@@ -89,6 +102,8 @@ class _Marked:
             self._head = message
             return
         if self._head is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._held.wait(), UNHELD_S)
             head, self._head = self._head, None
             if self._dead() and _may_be_broken(head):
                 head = {**head, "headers": [*head["headers"], (DEAD_HEADER.encode(), b"1")]}

@@ -56,13 +56,14 @@ class RayUpstream:
     @asynccontextmanager
     async def lease(self, route: Route, avoid: Collection[str] = ()) -> AsyncIterator[Replica]:
         """Reserves a slot on the best replica that has one (ray_affinity.py)."""
-        ask = Ask(route, tuple(avoid), self._warmth)
+        ask, lease = Ask(route, tuple(avoid), self._warmth), uuid.uuid4().hex
         try:
             async with asyncio.timeout(self._wait_s):
                 await self._queue.enter(route.group)
                 try:
                     choice = self._hold.choose_replica(ask)
                     selection = await choice.__aenter__()
+                    held = self._hold.dispatch(selection, lease)
                 except BaseException:
                     self._queue.leave()
                     raise
@@ -72,8 +73,6 @@ class RayUpstream:
             raise NotReadyError("the engines are not available; see the server's log") from exc
         self._queue.resize(self._places * max(ask.replicas, 1))
         self._warmth.sent(route, selection.replica_id)
-        lease = uuid.uuid4().hex
-        held = self._hold.dispatch(selection, lease)
         lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         watch = asyncio.create_task(_watch(held, lost))
         address = selection.replica_metadata

@@ -126,6 +126,11 @@ def test_an_unforeseen_error_tells_no_internals() -> None:
     assert "secret" not in body["error"]["message"]
 
 
+@pytest.fixture(autouse=True)
+def _no_long_wait_for_a_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "UNHELD_S", 0.05)
+
+
 async def call(leases: Leases, lease: str, token: str = "t") -> list[Message]:
     sent: list[Message] = []
 
@@ -159,6 +164,19 @@ async def test_a_lease_lasts_as_long_as_its_request(monkeypatch: pytest.MonkeyPa
     gate.set()
     await asyncio.wait_for(held, 5)
     assert (await request)[0]["status"] == 200
+
+
+async def test_an_answer_waits_for_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "UNHELD_S", 60.0)
+    gate = asyncio.Event()
+    gate.set()
+    leases = gated(gate)
+    request = asyncio.create_task(call(leases, "a"))
+    await asyncio.sleep(0.1)
+    assert not request.done()
+    held = asyncio.create_task(leases.hold("a"))
+    assert (await asyncio.wait_for(request, 5))[0]["status"] == 200
+    await asyncio.wait_for(held, 5)
 
 
 async def test_a_lease_whose_request_never_comes_ends(monkeypatch: pytest.MonkeyPatch) -> None:

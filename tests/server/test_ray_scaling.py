@@ -59,7 +59,7 @@ async def test_a_change_of_the_settings_fails_no_request(url: str, settings: Ser
 
         before = await _process(client, url)
         changed = asyncio.create_task(
-            asyncio.to_thread(deploy, settings.model_copy(update={"max_ongoing_requests": 32}))
+            asyncio.to_thread(deploy, settings.model_copy(update={"max_ongoing_requests": 48}))
         )
         await asyncio.gather(*(ask_all_the_time(how) for how in ("", "slow", "stream", "stream")))
         await changed

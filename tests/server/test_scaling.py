@@ -11,6 +11,7 @@ from ray.serve.config import AutoscalingConfig
 from act_serve.errors import ProfileError
 from act_serve.server.config import read_settings
 from act_serve.server.ray_app import app
+from act_serve.server.ray_router import places_of_a_router
 
 
 def engine_of(tiny_llama: Path, **args: Any) -> Any:
@@ -55,6 +56,18 @@ def test_the_load_that_an_engine_should_have(tiny_llama: Path, args: dict[str, A
     made = scaling(engine_of(tiny_llama, engine_max_replicas=2, **args))
     assert made is not None
     assert made.target_ongoing_requests == target
+
+
+@pytest.mark.parametrize(
+    ("args", "at_an_engine", "of_a_router"),
+    [({}, 32, 32), ({"max_num_seqs": 40}, 80, 80), ({"max_ongoing_requests": 5}, 5, 5),
+     ({"router_replicas": 2}, 32, 24), ({"router_replicas": 2, "max_ongoing_requests": 7}, 7, 7)],
+)  # fmt: skip
+def test_the_requests_that_an_engine_takes(
+    tiny_llama: Path, args: dict[str, Any], at_an_engine: int, of_a_router: int
+) -> None:
+    assert engine_of(tiny_llama, **args)._deployment_config.max_ongoing_requests == at_an_engine
+    assert places_of_a_router(read_settings(args)) == of_a_router
 
 
 @pytest.mark.parametrize(
