@@ -7,7 +7,7 @@ from act_serve.pipeline.candidate import Candidate, Origin, scored_rows
 from act_serve.pipeline.conflict import conflict
 from act_serve.pipeline.evaluate import broken
 from act_serve.pipeline.job import Job
-from act_serve.pipeline.measure import Scores, load_intervals, manifest_scores, questions_of
+from act_serve.pipeline.measure import Scores, examples_of, load_intervals, manifest_scores, questions_of
 from act_serve.pipeline.neighbours import neighbours
 from act_serve.pipeline.parent import Parent
 from act_serve.pipeline.publish import Evidence
@@ -27,8 +27,7 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
     variants["delta"] = scored_rows(job, "evaluate-delta", candidate.final, questions)
     intervals = {variant: load_intervals(job.work / f"evaluate-{variant}") for variant in variants}
     if isinstance(origin, Parent):
-        variants |= origin.scores_of("source", questions, variants["base"])
-        variants |= origin.scores_of("transfer", questions, variants["base"])
+        variants |= {variant: origin.scores_of(variant, questions) for variant in ("source", "transfer")}
     scores = manifest_scores(questions, variants)
     job.screen.show_scores(profile.name, scores, intervals["delta"])
     _refuse_costly(job, variants["base"], variants["delta"])
@@ -42,6 +41,7 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
         for other in others
     }
     details = {
+        "examples": examples_of(questions),
         "scores": [score.model_dump() for score in scores],
         "intervals": intervals,
         "composed_with": pairs,

@@ -33,6 +33,11 @@ def questions_key(questions: Sequence[Question]) -> list[list[str]]:
     return [[question.task.model_dump_json(), examples_hash(question.examples)] for question in questions]
 
 
+def examples_of(questions: Sequence[Question]) -> dict[str, str]:
+    """The hash of each task's examples, for evaluation.json."""
+    return {question.task.name: examples_hash(question.examples) for question in questions}
+
+
 def measure(model: Path, deltas: Sequence[Deltas], questions: Sequence[Question]) -> Scores:
     """Scores the model in a folder with all `deltas` added as they are: give them `as_stored`."""
     return plain_scores(measure_items(model, deltas, questions))

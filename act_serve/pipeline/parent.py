@@ -1,5 +1,6 @@
 """A published ability whose rows are trained further: with more steps, other text or in other company."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +10,15 @@ from act_serve.abilities.store import Store
 from act_serve.delta.artifact import read_artifact
 from act_serve.delta.composition import Composition
 from act_serve.delta.fingerprint import check_base, fingerprint_model
-from act_serve.delta.manifest import Manifest
+from act_serve.delta.manifest import EVALUATION_FILE, Manifest
 from act_serve.pipeline.evaluate import Question
 from act_serve.pipeline.job import Job
-from act_serve.pipeline.measure import Scores
+from act_serve.pipeline.measure import Scores, examples_of
 from act_serve.pipeline.publish import Descent
 from act_serve.pipeline.stage_files import save_deltas
 from act_serve.pipeline.stages import Stage
 from act_serve.pipeline.training import Report
 from act_serve.profile.schema import Profile
-
-# Two runs of the base on the same examples differ by less than this, as a share; on other examples by more.
-_SAME = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +41,23 @@ class Parent:
 
         return job.keep("transfer", {"ability": self.manifest.tensors_sha256}, make)
 
-    def scores_of(
-        self, variant: Literal["source", "transfer"], questions: Sequence[Question], base: Scores
-    ) -> dict[str, Scores]:
-        """What its build measured of a variant that is not at hand any more, on those tasks that are the same now.
+    def scores_of(self, variant: Literal["source", "transfer"], questions: Sequence[Question]) -> Scores:
+        """What its build measured of a variant that is not at hand any more, by the same metric on the same examples.
 
-        A task is the same if its name, metric and number of items are, and the base has the score that it had.
+        None of a version whose evaluation does not say on what it was measured.
         """
-        found: Scores = {}
-        for score in self.manifest.scores:
-            value, now = getattr(score, variant), base.get(score.task)
-            same = any(
-                (score.task, score.metric, score.items) == (q.task.name, q.task.metric, len(q.examples))
-                for q in questions
-            )
-            if value is not None and now is not None and same and abs(now - score.base) <= _SAME * abs(now):
-                found[score.task] = value
-        return {variant: found} if found else {}
+        try:
+            examples = json.loads((self.folder / EVALUATION_FILE).read_bytes())["examples"]
+        except (OSError, ValueError, KeyError):
+            return {}
+        asked = {(task, question.task.metric, hashed) for question in questions
+                 for task, hashed in examples_of([question]).items()}  # fmt: skip
+        return {
+            score.task: value
+            for score in self.manifest.scores
+            if (value := getattr(score, variant)) is not None
+            and (score.task, score.metric, examples.get(score.task)) in asked
+        }
 
     def descent(self, settled: Profile, base: Path) -> Descent:
         """What the manifest says of rows that were trained on from here."""

@@ -68,7 +68,8 @@ class Source(_Section):
     """Where the rows come from.
 
     An ability model, ready-made (`model`, a folder or hub id) or trained here from the profile's data (`train`); or
-    `ability`, a published one such as `es` or `es@1`, whose rows are trained further and no model is needed.
+    `ability`, a published one such as `es` or `es@1`, whose rows are trained further and no model is needed; under
+    another name it becomes the beginning of another ability.
     """
 
     model: str | None = None

@@ -73,7 +73,9 @@ def build_app(
         await asyncio.to_thread(identify_language, "warm up")
         await warm_up(keys)
         async with open_session() as session:
-            forwarder = Forwarder(open_upstream(), session, metrics)
+            upstream = open_upstream()
+            metrics.waiting.set_function(lambda: upstream.waiting)
+            forwarder = Forwarder(upstream, session, metrics)
             control = control_routes(catalogue, base_model, forwarder, metrics, keys, settings.metrics_need_key)
             app.include_router(control)
             address = settings.control_address

@@ -123,7 +123,7 @@ class ServerSettings(BaseModel):
         engine_max_replicas: Ray Serve adds engines up to this number by load, and takes them away again down to
             engine_replicas; None keeps the number as it is.
         target_ongoing_requests: requests that each engine should be working on, on average, where their number follows
-            the load; None is max_num_seqs, one full batch.
+            the load; None is max_num_seqs, one full batch, or half of max_ongoing_requests where that is less.
         look_back_s: over how long the load is averaged; more than the 10 s between Ray's looks at it.
         upscale_delay_s, downscale_delay_s: how long the load must ask for another number of engines.
         engine_surge_percent: engines that a change of the settings may start beyond the running ones, before it stops
@@ -192,9 +192,9 @@ class ServerSettings(BaseModel):
                 "the number to begin with; give at least as many"
             )
         target = self.target_ongoing_requests
-        if target is not None and target > self.ongoing_limit:
+        if target is not None and target >= self.ongoing_limit:
             raise ValueError(
-                f"target_ongoing_requests={target:g} is never reached, because an engine takes "
+                f"target_ongoing_requests={target:g} is never exceeded, because an engine takes "
                 f"max_ongoing_requests={self.ongoing_limit} at most; give fewer"
             )
         return self

@@ -102,8 +102,9 @@ class _Marked:
             self._head = message
             return
         if self._head is not None:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._held.wait(), UNHELD_S)
+            if not self._held.is_set():
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._held.wait(), UNHELD_S)
             head, self._head = self._head, None
             if self._dead() and _may_be_broken(head):
                 head = {**head, "headers": [*head["headers"], (DEAD_HEADER.encode(), b"1")]}

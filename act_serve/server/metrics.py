@@ -29,6 +29,7 @@ class RouterMetrics:
             "act_requests_total", "Requests answered, by path and status.", ["path", "status"], registry=self._registry
         )
         self.in_flight = Gauge("act_requests_in_flight", "Requests being worked on.", registry=self._registry)
+        self.waiting = Gauge("act_requests_waiting", "Requests that wait for an engine.", registry=self._registry)
         self.abilities = Counter(
             "act_ability_requests_total", "Requests served with an ability.", ["ability"], registry=self._registry
         )

@@ -72,9 +72,9 @@ def _number_of_engines(settings: ServerSettings) -> dict[str, Any]:
     scaling = {
         "min_replicas": settings.engine_replicas,
         "max_replicas": settings.engine_max_replicas,
-        "target_ongoing_requests": min(
-            settings.target_ongoing_requests or settings.max_num_seqs, settings.ongoing_limit
-        ),
+        # Less than what an engine takes, because Ray does not see what routers hold back.
+        "target_ongoing_requests": settings.target_ongoing_requests
+        or min(settings.max_num_seqs, settings.ongoing_limit / 2),
         "look_back_period_s": settings.look_back_s,
         "upscale_delay_s": settings.upscale_delay_s,
         "downscale_delay_s": settings.downscale_delay_s,

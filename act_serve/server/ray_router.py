@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -53,25 +54,31 @@ class RayUpstream:
         self._ending: set[asyncio.Task[None]] = set()
         self._listed: dict[str, Replica] = {}
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place at an engine."""
+        return self._queue.waiting
+
     @asynccontextmanager
     async def lease(self, route: Route, avoid: Collection[str] = ()) -> AsyncIterator[Replica]:
         """Reserves a slot on the best replica that has one (ray_affinity.py)."""
-        ask, lease = Ask(route, tuple(avoid), self._warmth), uuid.uuid4().hex
+        resize = partial(self._resize, asyncio.get_running_loop())
+        ask, lease = Ask(route, tuple(avoid), self._warmth, resize), uuid.uuid4().hex
         try:
             async with asyncio.timeout(self._wait_s):
                 await self._queue.enter(route.group)
+                choice = self._hold.choose_replica(ask)
+                choosing = asyncio.ensure_future(choice.__aenter__())
                 try:
-                    choice = self._hold.choose_replica(ask)
-                    selection = await choice.__aenter__()
+                    selection = await asyncio.shield(choosing)
                     held = self._hold.dispatch(selection, lease)
                 except BaseException:
-                    self._queue.leave()
+                    self._finish(self._give_up(choosing, choice))
                     raise
         except TimeoutError:
             raise NotReadyError(f"no engine replica was free within {self._wait_s:g} s; try again later") from None
         except DeploymentUnavailableError as exc:
             raise NotReadyError("the engines are not available; see the server's log") from exc
-        self._queue.resize(self._places * max(ask.replicas, 1))
         self._warmth.sent(route, selection.replica_id)
         lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         watch = asyncio.create_task(_watch(held, lost))
@@ -83,9 +90,25 @@ class RayUpstream:
             held.cancel()
             raise
         finally:  # the client has its answer by now and must not wait for Ray's bookkeeping
-            ending = asyncio.create_task(self._end(held, watch, choice))
-            self._ending.add(ending)
-            ending.add_done_callback(self._ending.discard)
+            self._finish(self._end(held, watch, choice))
+
+    def _resize(self, loop: asyncio.AbstractEventLoop, replicas: int) -> None:
+        """Takes the number of replicas from Ray's thread."""
+        loop.call_soon_threadsafe(self._queue.resize, self._places * max(replicas, 1))
+
+    def _finish(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _give_up(self, choosing: asyncio.Future[Any], choice: AbstractAsyncContextManager[Any]) -> None:
+        """Gives the place back once Ray has chosen: it goes on choosing, whoever waits for it no more."""
+        try:
+            with suppress(RayError, RayServeException):
+                await choosing
+                await choice.__aexit__(None, None, None)
+        finally:
+            self._queue.leave()
 
     async def _end(
         self, held: DeploymentResponse[Any], watch: asyncio.Task[None], choice: AbstractAsyncContextManager[Any]
@@ -139,11 +162,13 @@ def _take_over_port() -> None:
 def places_of_a_router(settings: ServerSettings) -> int:
     """Requests that one router may have at each engine.
 
-    Beside other routers it has its share, and some that the others may not need; where all need theirs, these wait
-    inside Ray, which serves them in any order.
+    Beside other routers that is its share, one batch at least, and some that the others may not need; where all need
+    theirs, these wait inside Ray, which serves them in any order.
     """
+    if settings.router_replicas == 1:
+        return settings.ongoing_limit
     share = -(-settings.ongoing_limit // settings.router_replicas)
-    return share if settings.router_replicas == 1 else min(share + _SPARE, settings.ongoing_limit)
+    return min(max(share, settings.max_num_seqs) + _SPARE, settings.ongoing_limit)
 
 
 def router_class(settings: ServerSettings, base_model: str) -> type:

@@ -44,12 +44,18 @@ class Upstream(Protocol):
             OverloadedError: every queue is full.
         """
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a replica."""
+
     async def replicas(self) -> Sequence[Replica]:
         """All replicas, those too that have stopped answering a moment ago."""
 
 
 class FixedUpstream:
     """Always the same replica: for one engine without Ray, and for tests."""
+
+    waiting = 0
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica

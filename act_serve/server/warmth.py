@@ -73,7 +73,7 @@ class Warmth:
         return []
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Ask:
     """What a request gives to its choice of a replica; it stays in the process.
 
@@ -81,10 +81,10 @@ class Ask:
         route: of the request.
         avoid: replicas that have just failed; taken only where there is no other for a while.
         warmth: what the asking router knows of the replicas.
-        replicas: how many there were when it was last looked for one.
+        count: takes the number of replicas, from any thread.
     """
 
     route: Route
     avoid: Collection[str]
     warmth: Warmth
-    replicas: int = 0
+    count: Callable[[int], None]

@@ -282,6 +282,8 @@ def test_ready_asks_the_engines(client: httpx.Client) -> None:
 class Failover:
     """First replicas that fail, then one that works."""
 
+    waiting = 0
+
     def __init__(self, *replicas: Replica) -> None:
         self.left = list(replicas)
         self.leases = 0
