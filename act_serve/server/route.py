@@ -62,4 +62,4 @@ def _pieces(body: Mapping[str, Any]) -> Iterator[str]:
             yield str(prompt[end - _PIECE_TOKENS : end])
     elif isinstance(prompt, list):
         for message in prompt:
-            yield json.dumps(message, sort_keys=True)
+            yield message if isinstance(message, str) else json.dumps(message, sort_keys=True)
