@@ -49,8 +49,12 @@ def test_full_queues_are_answered_with_429_and_when_to_come_back(url: str) -> No
 def test_a_hot_composition_does_not_hold_up_a_cold_one(url: str) -> None:
     _wait_for_two(url)
     ended: list[str] = []
+    before = 0
 
     def ask(model: str) -> None:
+        nonlocal before
+        if model == "base":
+            before = len(ended)
         reply = httpx.post(url + CHAT, json={"model": model, "fake": "slow"}, timeout=90)
         assert reply.status_code == 200, reply.text
         ended.append(model)
@@ -61,8 +65,8 @@ def test_a_hot_composition_does_not_hold_up_a_cold_one(url: str) -> None:
         cold = pool.submit(ask, "base")
     for request in (*hot, cold):
         request.result()
-    # Those two that are being worked on and perhaps one more; the machine may be slow to send them.
-    assert ended.index("base") <= 6, ended
+    # Those two that are being worked on and perhaps one more; the machine may be slow. In order of arrival it is ten.
+    assert ended.index("base") - before <= 6, (before, ended)
 
 
 def test_an_ability_stays_where_it_is_loaded_until_that_is_busy(url: str) -> None:
