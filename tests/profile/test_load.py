@@ -46,7 +46,7 @@ def test_files_are_relative_to_the_profile(tmp_path: Path) -> None:
         ("description: A demonstration.\n", "", "description: Field required"),
         ("metric: nll", "metric: bleu", "demo.yaml:9: score.0.metric: Input should be"),
         ("metric: nll", "metric: language_share", "needs a `language`"),
-        ("{model: ../source}", "{}", "demo.yaml:5: source: give either `model`"),
+        ("{model: ../source}", "{}", "demo.yaml:5: source: give one of `model`"),
         ("{train: train.jsonl, test: test.jsonl}", "{maker: x, test: y}", "demo.yaml:4: data: name either"),
         ("name: demo", "name: [demo", "demo.yaml:2: not valid YAML"),
         (GOOD, "- 1", "a profile is a mapping"),
