@@ -65,7 +65,7 @@ def test_a_hot_composition_does_not_hold_up_a_cold_one(url: str) -> None:
         cold = pool.submit(ask, "base")
     for request in (*hot, cold):
         request.result()
-    # Those two that are being worked on and perhaps one more; the machine may be slow. In order of arrival it is twelve.
+    # Two that are being worked on and perhaps one more; the machine may be slow. In order of arrival it is twelve.
     assert ended.index("base") - before <= 6, (before, ended)
 
 
