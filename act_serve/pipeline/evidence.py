@@ -27,7 +27,7 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
     variants["delta"] = scored_rows(job, "evaluate-delta", candidate.final, questions)
     intervals = {variant: load_intervals(job.work / f"evaluate-{variant}") for variant in variants}
     if isinstance(origin, Parent):
-        variants |= {variant: origin.scores_of(variant, questions) for variant in ("source", "transfer")}
+        variants |= origin.scores(questions)
     scores = manifest_scores(questions, variants)
     job.screen.show_scores(profile.name, scores, intervals["delta"])
     _refuse_costly(job, variants["base"], variants["delta"])

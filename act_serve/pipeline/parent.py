@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import read_artifact
@@ -28,11 +27,6 @@ class Parent:
     manifest: Manifest
     folder: Path
 
-    @property
-    def label(self) -> str:
-        """Name, version and content, as pinned compositions have them."""
-        return f"{self.manifest.name}@{self.manifest.version}~{self.manifest.digest}"
-
     def rows(self, job: Job) -> Stage:
         """Its rows as the stage that fine-tuning begins with."""
 
@@ -41,22 +35,25 @@ class Parent:
 
         return job.keep("transfer", {"ability": self.manifest.tensors_sha256}, make)
 
-    def scores_of(self, variant: Literal["source", "transfer"], questions: Sequence[Question]) -> Scores:
-        """What its build measured of a variant that is not at hand any more, by the same metric on the same examples.
+    def scores(self, questions: Sequence[Question]) -> dict[str, Scores]:
+        """What its build measured of `source` and `transfer`, which are not at hand any more.
 
-        None of a version whose evaluation does not say on what it was measured.
+        Only tasks by the same metric on the same examples; none of a version whose evaluation does not say on what it
+        was measured.
         """
         try:
-            examples = json.loads((self.folder / EVALUATION_FILE).read_bytes())["examples"]
+            before = json.loads((self.folder / EVALUATION_FILE).read_bytes())["examples"]
         except (OSError, ValueError, KeyError):
             return {}
-        asked = {(task, question.task.metric, hashed) for question in questions
-                 for task, hashed in examples_of([question]).items()}  # fmt: skip
-        return {
-            score.task: value
+        now, metrics = examples_of(questions), {question.task.name: question.task.metric for question in questions}
+        same = [
+            score
             for score in self.manifest.scores
-            if (value := getattr(score, variant)) is not None
-            and (score.task, score.metric, examples.get(score.task)) in asked
+            if score.metric == metrics.get(score.task) and before.get(score.task) == now[score.task]
+        ]
+        return {
+            "source": {score.task: score.source for score in same if score.source is not None},
+            "transfer": {score.task: score.transfer for score in same if score.transfer is not None},
         }
 
     def descent(self, settled: Profile, base: Path) -> Descent:
@@ -65,7 +62,8 @@ class Parent:
         if localization is not None:
             steps = localization.fine_tune_steps + settled.finetune.steps
             localization = localization.model_copy(update={"fine_tune_steps": steps})
-        return Descent(f"trained on from {self.label}", self.manifest.source_fingerprint, localization)
+        parent = f"{self.manifest.name}@{self.manifest.version}~{self.manifest.digest}"
+        return Descent(f"trained on from {parent}", self.manifest.source_fingerprint, localization)
 
 
 def find_parent(ability: str, store: Store, base: Path) -> Parent:

@@ -28,6 +28,7 @@ UNHELD_S = 5.0
 @dataclass(frozen=True, slots=True)
 class _Lease:
     held: asyncio.Event = field(default_factory=asyncio.Event)
+    claimed: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -43,7 +44,6 @@ class Leases:
     def __init__(self, app: ASGIApp, token: str, dead: Callable[[], bool] = lambda: False) -> None:
         self._app, self._token, self._dead = app, token.encode(), dead
         self._leases: dict[str, _Lease] = {}
-        self._claimed: set[str] = set()
 
     async def hold(self, lease: str) -> None:
         """Returns when the request with this lease has ended, or did not begin for half a minute."""
@@ -53,7 +53,7 @@ class Leases:
             try:
                 await asyncio.wait_for(found.ended.wait(), UNCLAIMED_S)
             except TimeoutError:
-                if lease in self._claimed:
+                if found.claimed.is_set():
                     await found.ended.wait()
         finally:
             self._leases.pop(lease, None)
@@ -73,11 +73,10 @@ class Leases:
             await self._app(scope, receive, send)
             return
         found = self._leases.setdefault(lease, _Lease())
-        self._claimed.add(lease)
+        found.claimed.set()
         try:
             await self._app(scope, receive, _Marked(send, self._dead, found.held))
         finally:
-            self._claimed.discard(lease)
             found.ended.set()
             # For a call that never comes, because its router died.
             asyncio.get_running_loop().call_later(UNCLAIMED_S, self._leases.pop, lease, None)

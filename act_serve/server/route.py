@@ -19,15 +19,21 @@ class Route:
     """Where a request would find what it needs.
 
     Attributes:
-        group: requests of one group wait for each other; groups take turns.
         abilities: as engines report them (:class:`~act_serve.engine.ability_key.AbilityKey` as text).
         prefix: a key per beginning of the prompt, the longest last; of requests with equal keys an engine has cached
             the same.
     """
 
-    group: str = ""
     abilities: frozenset[str] = frozenset()
     prefix: tuple[int, ...] = ()
+
+    @property
+    def group(self) -> str:
+        """Requests of one group wait for each other; groups take turns.
+
+        It leaves weights out, so that a client that varies them takes one turn like any other.
+        """
+        return "+".join(sorted(self.abilities))
 
 
 ANYWHERE = Route()
@@ -35,8 +41,6 @@ ANYWHERE = Route()
 
 def route_of(composition: Composition, body: Mapping[str, Any]) -> Route:
     """The route of a request for a pinned composition.
-
-    The group leaves weights out, so that a client that varies them takes one turn like any other.
 
     Args:
         composition: pinned.
@@ -49,7 +53,7 @@ def route_of(composition: Composition, body: Mapping[str, Any]) -> Route:
         keys.append(key)
         if len(keys) == _MAX_PIECES:
             break
-    return Route("+".join(sorted(abilities)), abilities, tuple(keys))
+    return Route(abilities, tuple(keys))
 
 
 def _pieces(body: Mapping[str, Any]) -> Iterator[str]:

@@ -79,7 +79,7 @@ class Ask:
 
     Attributes:
         route: of the request.
-        avoid: replicas that have just failed; taken only where there is no other for a while.
+        avoid: replicas that have just failed; taken only where there is no other.
         warmth: what the asking router knows of the replicas.
         count: takes the number of replicas, from any thread.
     """
