@@ -36,7 +36,7 @@ class Ended:
 
 @dataclass
 class Traffic:
-    """Clients with a composition each; every second one streams.
+    """Clients with a composition each; two of three stream.
 
     Attributes:
         http: connected to the server; without a timeout of its own.
@@ -44,6 +44,7 @@ class Traffic:
         prompts: token ids; the clients take turns with them.
         max_tokens: of every answer.
         pause_s: between two requests of a client.
+        streams: the tokens so far of each stream that has not ended.
     """
 
     http: httpx.AsyncClient
@@ -54,13 +55,14 @@ class Traffic:
     pause_s: float = 0.05
     ended: list[Ended] = field(default_factory=list)
     stopped: bool = False
+    streams: list[list[int]] = field(default_factory=list)
 
     async def client(self, number: int) -> None:
         """Asks until the traffic stops."""
         turn = number
         while not self.stopped:
             prompt = self.prompts[turn % len(self.prompts)]
-            ended = await self.ask(self.compositions[number], prompt, stream=number % 2 == 0)
+            ended = await self.ask(self.compositions[number], prompt, stream=_streams(number))
             self.ended.append(ended)
             turn += 1
             await asyncio.sleep(self.pause_s)
@@ -73,6 +75,8 @@ class Traffic:
             "stream": stream,
         }  # fmt: skip
         begun_s, tokens = time.monotonic(), list[int]()
+        if stream:
+            self.streams.append(tokens)
         try:
             async with (
                 asyncio.timeout(_PATIENCE_S),
@@ -89,7 +93,15 @@ class Traffic:
             how, message = HANGS, ""
         except httpx.TransportError as exc:
             how, message = DISCONNECTED, repr(exc)
+        finally:
+            self.streams = [other for other in self.streams if other is not tokens]
         return Ended(composition, prompt, stream, begun_s, how, tuple(tokens), message)
+
+    async def all_streaming(self) -> None:
+        """Waits until every client that streams is in the middle of an answer."""
+        wanted = sum(map(_streams, range(len(self.compositions))))
+        while len([s for s in self.streams if 0 < len(s) < 0.75 * self.max_tokens]) < wanted:
+            await asyncio.sleep(0.01)
 
     async def all_answered(self) -> None:
         """Waits until every client has the answer to a request that it sent from now on."""
@@ -97,6 +109,10 @@ class Traffic:
         while wanted:
             await asyncio.sleep(0.05)
             wanted -= {e.composition for e in self.ended[-200:] if e.how == ANSWERED and e.begun_s > since}
+
+
+def _streams(client: int) -> bool:
+    return client % 3 != 2
 
 
 def _error(status: int, body: bytes) -> tuple[str, str]:
