@@ -38,8 +38,11 @@ def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @contextmanager
 def running_engine(model: Path, store: Store | None = None, **options: Any) -> Iterator[Any]:
-    """vLLM's ``LLM``, with abilities if a store is given; its process has ended when the block ends."""
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    """vLLM's ``LLM``, with abilities if a store is given; its worker has ended when the block ends.
+
+    Only the worker has a process of its own, which is where abilities are; the engine core runs here, which saves its
+    start. Tests over HTTP have the core in a process, too.
+    """
     from vllm import LLM
 
     if store is not None:
@@ -50,11 +53,15 @@ def running_engine(model: Path, store: Store | None = None, **options: Any) -> I
             "worker_cls": "act_serve.engine.worker.AbilityWorker",
             "additional_config": {"act_serve": {"store": str(store.root)}},
         }
-    llm = LLM(str(model), **{"max_model_len": 1024, "max_num_seqs": 64, "enforce_eager": True, **options})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    shape = {"max_model_len": 1024, "max_num_seqs": 64, "enforce_eager": True, "distributed_executor_backend": "mp"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        llm = LLM(str(model), **{**shape, **options})
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
 
 
 def settings_with_room(base: Path, store: Store, room: int, **options: Any) -> EngineSettings:

@@ -1,4 +1,4 @@
-"""A server with two real engines under traffic, to break things in, and a judge of how its requests end."""
+"""A server with real engines under traffic, to break things in, and a judge of how its requests end."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ _HEALING_LIMIT_S = 900
 
 @dataclass
 class Chaos:
-    """The server under traffic."""
+    """The server with so many engines under traffic."""
 
     server: ServerProcess
+    engines: int
     traffic: Traffic
 
     def process(self, title: str) -> psutil.Process:
@@ -63,9 +64,9 @@ class Chaos:
         await asyncio.to_thread(victim.wait)
 
     async def healthy(self) -> None:
-        """Waits until both engines answer, and every client has been answered since."""
-        busy_s, self.traffic.pause_s = self.traffic.pause_s, 5.0  # an engine that starts needs the processor, too
-        while await self.alive() != 2:
+        """Waits until all engines answer, and every client has been answered since."""
+        busy_s, self.traffic.pause_s = self.traffic.pause_s, 20.0  # an engine that starts needs the processor, too
+        while await self.alive() != self.engines:
             await asyncio.sleep(1.0)
         self.traffic.pause_s = busy_s
         await self.traffic.all_answered()
@@ -104,9 +105,9 @@ def publish_abilities(store: Store, base: Path) -> None:
 
 
 @contextmanager
-def serving(base: Path, store: str | Path) -> Iterator[ServerProcess]:
-    """A server of the store's abilities with two engines."""
-    settings = ["engine_replicas=2", "engine_cpus=0", "dtype=float32", "max_model_len=512"]
+def serving(base: Path, store: str | Path, engines: int = 2) -> Iterator[ServerProcess]:
+    """A server of the store's abilities."""
+    settings = [f"engine_replicas={engines}", "engine_cpus=0", "dtype=float32", "max_model_len=512"]
     words = (word for setting in settings for word in ("--set", setting))
     server = ServerProcess("--model", str(base), "--store", str(store), *words)
     try:
@@ -117,13 +118,13 @@ def serving(base: Path, store: str | Path) -> Iterator[ServerProcess]:
 
 
 @asynccontextmanager
-async def under_fire(server: ServerProcess) -> AsyncIterator[Chaos]:
+async def under_fire(server: ServerProcess, engines: int = 2) -> AsyncIterator[Chaos]:
     """A client per composition is being answered, until the context ends."""
     async with httpx.AsyncClient(base_url=server.url, timeout=None) as http, asyncio.TaskGroup() as tasks:
         clients = Traffic(http, "base", COMPOSITIONS, PROMPTS, TOKENS)
         for number in range(len(COMPOSITIONS)):
             tasks.create_task(clients.client(number))
-        chaos = Chaos(server, clients)
+        chaos = Chaos(server, engines, clients)
         try:
             async with asyncio.timeout(_HEALING_LIMIT_S):
                 await chaos.healthy()

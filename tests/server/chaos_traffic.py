@@ -19,6 +19,7 @@ ANSWERED, ERROR_EVENT, DISCONNECTED = "answered", "error event", "disconnected"
 HANGS, CUT_OFF, SHAPELESS = "hangs", "cut off", "shapeless"
 NO_END = frozenset({HANGS, CUT_OFF, SHAPELESS})
 _PATIENCE_S = 120.0
+_MOMENT_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Traffic:
         compositions: one per client.
         prompts: token ids; the clients take turns with them.
         max_tokens: of every answer.
-        pause_s: between two requests of a client.
+        pause_s: between two requests of a client; less ends the pauses that have begun, too.
         streams: the tokens so far of each stream that has not ended.
     """
 
@@ -52,7 +53,7 @@ class Traffic:
     compositions: Sequence[str]
     prompts: Sequence[tuple[int, ...]]
     max_tokens: int
-    pause_s: float = 0.05
+    pause_s: float = _MOMENT_S
     ended: list[Ended] = field(default_factory=list)
     stopped: bool = False
     streams: list[list[int]] = field(default_factory=list)
@@ -65,7 +66,9 @@ class Traffic:
             ended = await self.ask(self.compositions[number], prompt, stream=_streams(number))
             self.ended.append(ended)
             turn += 1
-            await asyncio.sleep(self.pause_s)
+            since = time.monotonic()
+            while not self.stopped and time.monotonic() < since + self.pause_s:
+                await asyncio.sleep(_MOMENT_S)
 
     async def ask(self, composition: str, prompt: tuple[int, ...], *, stream: bool) -> Ended:
         """Sends one request and waits for its end."""

@@ -62,8 +62,8 @@ async def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert store.mirror is not None
             for path in sorted(file for file in shelf.root.rglob("*") if file.is_file()):
                 store.mirror.remote.upload(path, str(path.relative_to(shelf.root)))
-            with small_disk(store.root), serving(base, url) as server:
-                async with under_fire(server) as chaos:
+            with small_disk(store.root), serving(base, url, engines=1) as server:
+                async with under_fire(server, engines=1) as chaos:
                     async with chaos.fault("the cache's disk is full") as ended:
                         fill(store.root / "filler")
                         refused = [await chaos.traffic.ask("late", PROMPTS[0], stream=n % 2 == 0) for n in range(8)]
