@@ -58,8 +58,9 @@ class Chaos:
         return next(process for process in self.server.descendants() if _title(process).startswith(title))
 
     async def kill(self, title: str) -> None:
-        """Ends such a process as the kernel does when memory runs out."""
+        """Ends such a process as the kernel does when memory runs out, while every stream runs."""
         victim = self.process(title)
+        await self.traffic.all_streaming()  # requests come in waves: between two of them an engine has none to lose
         victim.kill()
         await asyncio.to_thread(victim.wait)
 

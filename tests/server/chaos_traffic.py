@@ -103,7 +103,7 @@ class Traffic:
     async def all_streaming(self) -> None:
         """Waits until every client that streams is in the middle of an answer."""
         wanted = sum(map(_streams, range(len(self.compositions))))
-        while len([s for s in self.streams if 0 < len(s) < 0.75 * self.max_tokens]) < wanted:
+        while len([s for s in self.streams if 0 < len(s) < 0.9 * self.max_tokens]) < wanted:
             await asyncio.sleep(0.01)
 
     async def all_answered(self) -> None:

@@ -70,7 +70,6 @@ async def dies(chaos: Chaos, title: str, name: str) -> None:
     """While one engine lives, whole answers are given by it, and only streams that have begun are lost."""
     before = await chaos.retries()
     async with chaos.fault(name) as ended:
-        await chaos.traffic.all_streaming()  # requests come in waves: between two of them an engine has none to lose
         await chaos.kill(title)
         while await chaos.alive() == 2:
             await asyncio.sleep(0.05)
@@ -87,7 +86,6 @@ async def dies(chaos: Chaos, title: str, name: str) -> None:
 async def test_a_router_that_is_killed(server: ServerProcess, judge: Judge) -> None:
     async with under_fire(server) as chaos:
         async with chaos.fault("the router is killed") as ended:
-            await chaos.traffic.all_streaming()
             await chaos.kill(ROUTER)
             await chaos.healthy()
         assert ways(ended) <= {ANSWERED, DISCONNECTED, "503"}
