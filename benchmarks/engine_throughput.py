@@ -159,7 +159,9 @@ def main() -> None:
     options = parser.parse_args()
     names = chosen(options.cases)
     if options.check and FLOORS.keys().isdisjoint(names):
-        parser.error(f"none of the cases has a floor to check; add one of {', '.join(FLOORS.keys() & CASES.keys())}")
+        parser.error(
+            f"none of the cases has a floor to check; add one of {', '.join(sorted(FLOORS.keys() & CASES.keys()))}"
+        )
 
     from act_serve.models.loading import embedded_base
 
