@@ -1,14 +1,18 @@
 // Adds weighted ability rows to a layer's output: see add_rows_reference in reference.py for the formula.
 //
-// Compiled once per machine by native.py. Every thread owns a range of output columns and finds its rows in each
-// ability's ascending list, so no two threads write the same element, whatever rows abilities have in common.
-// Products are accumulated in fp32; an output is rounded once per ability.
+// Compiled once per machine by native.py. Every thread owns a range of output columns, or of tokens where there are
+// many, and finds its rows or tokens in each ability's ascending list, so no two threads write the same element,
+// whatever rows abilities have in common. Products are accumulated in fp32; an output is rounded once per ability.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#include <type_traits>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
+#endif
+#ifdef __AMX_BF16__
+#include "tiles.h"
 #endif
 
 struct bf16 {
@@ -26,6 +30,8 @@ namespace {
 
 constexpr int64_t kBytesWorthAThread = 32 << 10;
 constexpr int64_t kProductsWorthAThread = 200'000;
+constexpr int64_t kTokensWorthAThread = 64;  // else threads share the columns
+constexpr int64_t kTokensWorthTiles = 3;
 
 float to_float(float value) { return value; }
 float to_float(bf16 value) {
@@ -123,45 +129,174 @@ void dots(const T* delta, int64_t size, const T* const* x, float out[R][C]) {
     }
 }
 
-template <class T>
-struct Task {  // one ability's rows and the tokens that use it
-  const Segment& segment;
+struct Uses {  // the tokens that use an ability, ascending, with their weights
   const int32_t* tokens;
   const float* weights;
+  int64_t count;
+
+  Uses between(int32_t first, int32_t end) const {
+    const int32_t* from = std::lower_bound(tokens, tokens + count, first);
+    return {from, weights + (from - tokens), std::lower_bound(from, tokens + count, end) - from};
+  }
+};
+
+template <class T>
+struct Task {  // rows n to stop of one ability, and the tokens that use it
+  const Segment& segment;
+  int64_t n, stop;
+  Uses uses;
   const T* x;
   int64_t x_stride;
   T* y;
   int64_t y_stride, size;
 
+  void by_dots() const {
+    int64_t row = n;
+    for (; row + 2 <= stop; row += 2) rows<2>(row);
+    if (row < stop) rows<1>(row);
+  }
+
+ private:
+  template <int R>
+  void rows(int64_t row) const {
+    int64_t p = 0;
+    for (; p + 4 <= uses.count; p += 4) block<R, 4>(row, p);
+    if (uses.count - p == 3) block<R, 3>(row, p);
+    if (uses.count - p == 2) block<R, 2>(row, p);
+    if (uses.count - p == 1) block<R, 1>(row, p);
+  }
+
   template <int R, int C>
-  void block(int64_t n, int64_t p) const {
+  void block(int64_t row, int64_t p) const {
     const T* inputs[C];
-    for (int c = 0; c < C; c++) inputs[c] = x + tokens[p + c] * x_stride;
+    for (int c = 0; c < C; c++) inputs[c] = x + uses.tokens[p + c] * x_stride;
     float values[R][C];
-    dots<T, R, C>(static_cast<const T*>(segment.delta) + n * size, size, inputs, values);
+    dots<T, R, C>(static_cast<const T*>(segment.delta) + row * size, size, inputs, values);
     for (int r = 0; r < R; r++) {
-      float bias = segment.bias ? to_float(static_cast<const T*>(segment.bias)[n + r]) : 0.0f;
+      float bias = segment.bias ? to_float(static_cast<const T*>(segment.bias)[row + r]) : 0.0f;
       for (int c = 0; c < C; c++) {
-        T* place = y + tokens[p + c] * y_stride + segment.rows[n + r];
-        store(place, to_float(*place) + weights[p + c] * (values[r][c] + bias));
+        T* place = y + uses.tokens[p + c] * y_stride + segment.rows[row + r];
+        store(place, to_float(*place) + uses.weights[p + c] * (values[r][c] + bias));
+      }
+    }
+  }
+};
+
+#ifdef __AMX_BF16__
+// The tokens of a step, or of one ability, as tiles take them.
+class Inputs {
+ public:
+  // The tokens first to first + count of the step, at most 32; they serve all abilities.
+  void whole_step(const bf16* x, int64_t x_stride, int64_t size, int32_t first, int64_t count) {
+    fill([&](int64_t i) { return x + (first + i) * x_stride; }, count, size);
+    first_ = first;
+    whole_ = true;
+  }
+  void each_ability() { whole_ = false; }
+
+  void add(const Task<bf16>& task) {
+    if (whole_) return add_group(task, task.uses);
+    for (int64_t p = 0; p < task.uses.count; p += tiles::kBlock) {
+      Uses group{task.uses.tokens + p, task.uses.weights + p, std::min<int64_t>(tiles::kBlock, task.uses.count - p)};
+      fill([&](int64_t i) { return task.x + group.tokens[i] * task.x_stride; }, group.count, task.size);
+      add_group(task, group);
+    }
+  }
+
+ private:
+  template <class At>
+  void fill(At at, int64_t count, int64_t size) {
+    count_ = count;
+    for (int64_t start = 0; start < count; start += tiles::kSide)
+      panels_[start / tiles::kSide].fill(
+          [&](int64_t i) { return &at(start + i)->bits; }, std::min<int64_t>(tiles::kSide, count - start), size);
+  }
+
+  void add_group(const Task<bf16>& task, const Uses& group) {
+    // The last block is whole too: it takes rows before n along, whose sums are left.
+    int64_t most = task.segment.count;
+    for (int64_t row = task.n; row < task.stop;) {
+      int64_t wide = task.stop - row > tiles::kSide && most >= tiles::kBlock ? tiles::kBlock : tiles::kSide;
+      int64_t start = std::min(row, most - wide);
+      if (wide == tiles::kBlock) {
+        count_ > tiles::kSide ? block<2, 2>(task, group, start, row) : block<2, 1>(task, group, start, row);
+      } else {
+        count_ > tiles::kSide ? block<1, 2>(task, group, start, row) : block<1, 1>(task, group, start, row);
+      }
+      row = start + wide;
+    }
+  }
+
+  template <int R, int C>
+  void block(const Task<bf16>& task, const Uses& group, int64_t start, int64_t row) {
+    const Segment& segment = task.segment;
+    auto delta = static_cast<const uint16_t*>(segment.delta) + start * task.size;
+    for (int64_t p = 0; p < group.count; p++) {  // outputs that have left the cache come back meanwhile
+      const bf16* y = task.y + group.tokens[p] * task.y_stride;
+      for (int r = 0; r < R * tiles::kSide; r += 2) _mm_prefetch(y + segment.rows[start + r], _MM_HINT_T0);
+    }
+    tiles::multiply<R, C>(delta, task.size, panels_, sums_);
+    for (int r = 0; r < R; r++) {
+      int64_t at = start + r * tiles::kSide;
+      int skip = static_cast<int>(std::clamp<int64_t>(row - at, 0, tiles::kSide));
+      int end = static_cast<int>(std::clamp<int64_t>(task.stop - at, 0, tiles::kSide));
+      auto bias = segment.bias ? static_cast<const uint16_t*>(segment.bias) + at : nullptr;
+      for (int64_t p = 0; p < group.count; p++) {
+        const float* values = sums_[whole_ ? group.tokens[p] - first_ : p] + r * tiles::kSide;
+        uint16_t* y = &task.y[group.tokens[p] * task.y_stride].bits;
+        tiles::scatter(segment.rows + at, values, bias, group.weights[p], skip, end, y);
       }
     }
   }
 
-  template <int R>
-  void rows(int64_t n, int64_t used) const {
-    int64_t p = 0;
-    for (; p + 4 <= used; p += 4) block<R, 4>(n, p);
-    if (used - p == 3) block<R, 3>(n, p);
-    if (used - p == 2) block<R, 2>(n, p);
-    if (used - p == 1) block<R, 1>(n, p);
-  }
+  tiles::Panel panels_[2];
+  alignas(64) float sums_[tiles::kBlock][tiles::kBlock];
+  int64_t count_ = 0;
+  int32_t first_ = 0;
+  bool whole_ = false;
 };
+#endif
+
+struct Share {  // what one thread computes: columns first to end of the tokens from to until
+  int32_t first, end, from, until;
+};
+
+template <class T>
+void add_share(const Segment* segments, int64_t abilities, const int32_t* starts, const int32_t* tokens,
+               const float* weights, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t size,
+               Share share) {
+  auto each = [&](auto work) {
+    for (int64_t a = 0; a < abilities; a++) {
+      Uses all{tokens + starts[a], weights + starts[a], starts[a + 1] - starts[a]};
+      Uses uses = all.between(share.from, share.until);
+      if (!uses.count) continue;
+      const Segment& segment = segments[a];
+      const int32_t* last = segment.rows + segment.count;
+      int64_t n = std::lower_bound(segment.rows, last, share.first) - segment.rows;
+      int64_t stop = std::lower_bound(segment.rows, last, share.end) - segment.rows;
+      if (n < stop) work(Task<T>{segment, n, stop, uses, x, x_stride, y, y_stride, size});
+    }
+  };
+#ifdef __AMX_BF16__
+  if constexpr (std::is_same_v<T, bf16>) {
+    int64_t count = share.until - share.from;
+    if (count >= kTokensWorthTiles && tiles::allowed()) {
+      static thread_local Inputs inputs;
+      tiles::Setup setup;
+      if (count <= tiles::kBlock) inputs.whole_step(x, x_stride, size, share.from, count);
+      else inputs.each_ability();
+      each([&](const Task<T>& task) { task.segment.count < tiles::kSide ? task.by_dots() : inputs.add(task); });
+      return;
+    }
+  }
+#endif
+  each([](const Task<T>& task) { task.by_dots(); });
+}
 
 template <class T>
 void add_rows(const Segment* segments, int64_t abilities, const int32_t* starts, const int32_t* tokens,
               const float* weights, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t size,
-              int64_t outputs) {
+              int64_t outputs, int64_t step_tokens) {
   int64_t bytes = 0, products = 0;
   for (int64_t a = 0; a < abilities; a++) {
     int64_t used = starts[a + 1] - starts[a], elements = used ? segments[a].count * size : 0;
@@ -173,18 +308,12 @@ void add_rows(const Segment* segments, int64_t abilities, const int32_t* starts,
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-    int32_t first = outputs * me / all, end = outputs * (me + 1) / all;
-    for (int64_t a = 0; a < abilities; a++) {
-      int64_t used = starts[a + 1] - starts[a];
-      if (!used) continue;
-      const Segment& segment = segments[a];
-      const int32_t* last = segment.rows + segment.count;
-      int64_t n = std::lower_bound(segment.rows, last, first) - segment.rows;
-      int64_t stop = std::lower_bound(segment.rows, last, end) - segment.rows;
-      Task<T> task{segment, tokens + starts[a], weights + starts[a], x, x_stride, y, y_stride, size};
-      for (; n + 2 <= stop; n += 2) task.template rows<2>(n, used);
-      if (n < stop) task.template rows<1>(n, used);
-    }
+    auto part = [&](int64_t whole, int64_t number) { return static_cast<int32_t>(whole * number / all); };
+    int32_t every = static_cast<int32_t>(outputs), last = static_cast<int32_t>(step_tokens);
+    Share share = step_tokens >= kTokensWorthAThread * all
+                         ? Share{0, every, part(step_tokens, me), part(step_tokens, me + 1)}
+                         : Share{part(outputs, me), part(outputs, me + 1), 0, last};
+    add_share<T>(segments, abilities, starts, tokens, weights, x, x_stride, y, y_stride, size, share);
   }
 }
 
@@ -207,8 +336,9 @@ void scatter(const int32_t* rows, int64_t count, const int32_t* tokens, const fl
 #define EXPORT(T)                                                                                                   \
   extern "C" void add_rows_##T(const Segment* segments, int64_t abilities, const int32_t* starts,                   \
                                const int32_t* tokens, const float* weights, const T* x, int64_t x_stride, T* y,     \
-                               int64_t y_stride, int64_t size, int64_t outputs) {                                   \
-    add_rows<T>(segments, abilities, starts, tokens, weights, x, x_stride, y, y_stride, size, outputs);             \
+                               int64_t y_stride, int64_t size, int64_t outputs, int64_t step_tokens) {              \
+    add_rows<T>(segments, abilities, starts, tokens, weights, x, x_stride, y, y_stride, size, outputs,              \
+                step_tokens);                                                                                       \
   }                                                                                                                 \
   extern "C" void scatter_##T(const int32_t* rows, int64_t count, const int32_t* tokens, const float* weights,      \
                               int64_t used, const T* values, T* y, int64_t y_stride) {                              \
@@ -216,3 +346,12 @@ void scatter(const int32_t* rows, int64_t count, const int32_t* tokens, const fl
   }
 EXPORT(float)
 EXPORT(bf16)
+
+// Whether bfloat16 goes through tiles, for any number of tokens.
+extern "C" int has_tiles() {
+#ifdef __AMX_BF16__
+  return tiles::allowed();
+#else
+  return 0;
+#endif
+}

@@ -2,7 +2,7 @@
 
 Decoding multiplies few tokens with few rows, where a call of torch's matrix product costs more than the arithmetic:
 the C++ loop makes all of a layer's products at once, on the threads that torch and vLLM use. From ``MANY`` tokens of
-one ability on, torch multiplies and the loop only scales and scatters.
+one ability on, torch multiplies and the loop only scales and scatters, unless the CPU has a matrix unit (``tiles.h``).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from act_serve.kernels.rows import ActiveRows, TokenWeights
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 COMPILER_VARIABLE = "CXX"
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
+_SOURCES = ("add_rows.cpp", "tiles.h")  # the second is included
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -40,22 +41,25 @@ class NativeRows:
         self._add_rows = functions[f"add_rows_{DTYPES[dtype]}"]
         self._scatter = functions[f"scatter_{DTYPES[dtype]}"]
         self._add_rows.argtypes = [
-            *(_POINTER, _SIZE), *(_POINTER, _POINTER, _POINTER), *(_POINTER, _SIZE), *(_POINTER, _SIZE), _SIZE, _SIZE
+            *(_POINTER, _SIZE), *(_POINTER, _POINTER, _POINTER), *(_POINTER, _SIZE), *(_POINTER, _SIZE), *[_SIZE] * 3
         ]  # fmt: skip
         self._scatter.argtypes = [*(_POINTER, _SIZE), *(_POINTER, _POINTER, _SIZE), _POINTER, *(_POINTER, _SIZE)]
         self._add_rows.restype = self._scatter.restype = None
+        self._multiplies_many = dtype == torch.bfloat16 and bool(functions.has_tiles())
         self._scratch = torch.empty(0, dtype=dtype)
 
     def __call__(self, x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
-        """Products of ``many`` are rounded once to the dtype before they are weighted; all else is done in fp32."""
+        """Products that torch makes are rounded once to the dtype before they are weighted; all else is fp32."""
         assert x_TI.stride(1) == 1, "the features of a token must lie side by side"
         assert y_TO.stride(1) == 1, "the features of a token must lie side by side"
-        if weights.few_addresses is not None:
+        uses = weights.every if self._multiplies_many else weights.few
+        if uses is not None:
+            tokens, features = x_TI.shape
             self._add_rows(
-                active.address, len(active.abilities), *weights.few_addresses,
-                x_TI.data_ptr(), x_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0), x_TI.shape[1], y_TO.shape[1],
+                active.address, len(active.abilities), *uses.addresses,
+                x_TI.data_ptr(), x_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0), features, y_TO.shape[1], tokens,
             )  # fmt: skip
-        for number, use in weights.many:
+        for number, use in () if self._multiplies_many else weights.many:
             ability = active.abilities[number]
             if not len(ability.rows_N):
                 continue
@@ -83,7 +87,8 @@ def compile_native(folder: Path) -> Path:
         OSError: there is no compiler, or the folder cannot be written.
         subprocess.CalledProcessError: it could not compile; ``stderr`` says why.
     """
-    source = files("act_serve.kernels").joinpath("add_rows.cpp").read_bytes()
+    sources = Path(str(files("act_serve.kernels")))
+    source = b"".join((sources / name).read_bytes() for name in _SOURCES)
     compiler = os.environ.get(COMPILER_VARIABLE, "c++")
     if shutil.which(compiler) is None:
         raise FileNotFoundError(f"the C++ compiler {compiler} is not installed")
@@ -95,8 +100,8 @@ def compile_native(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as staging:
             made = Path(staging) / library.name
-            command = [compiler, *_FLAGS, "-x", "c++", "-", "-o", str(made)]
-            subprocess.run(command, input=source, capture_output=True, check=True)
+            command = [compiler, *_FLAGS, str(sources / _SOURCES[0]), "-o", str(made)]
+            subprocess.run(command, capture_output=True, check=True)
             made.rename(library)
     return library
 

@@ -92,6 +92,33 @@ class Uses:
         return slice(first, last + 1) if last - first + 1 == len(self.tokens_P) else None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FlatUses:
+    """The uses of A abilities one after the other, for compiled code.
+
+    Attributes:
+        starts: ``[A + 1]`` int32, where each ability's begin.
+        tokens, weights: int32 and fp32.
+        addresses: where the three lie.
+    """
+
+    starts: np.ndarray
+    tokens: np.ndarray
+    weights: np.ndarray
+    addresses: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, uses: Sequence[Uses | None]) -> FlatUses | None:
+        """None when there are none; an ability whose uses are None has none."""
+        counts = [0 if use is None else len(use.tokens_P) for use in uses]
+        if not any(counts):
+            return None
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        tokens, weights = zip(*((use.tokens_P, use.weight_P) for use in uses if use is not None), strict=True)
+        parts = (starts, np.concatenate(tokens), np.concatenate(weights))
+        return cls(*parts, addresses=(parts[0].ctypes.data, parts[1].ctypes.data, parts[2].ctypes.data))
+
+
 class TokenWeights:
     """The weights of one step, shared by all layers.
 
@@ -130,21 +157,11 @@ class TokenWeights:
         return tuple((number, use) for number, use in enumerate(self.uses) if len(use.tokens_P) >= MANY)
 
     @cached_property
-    def few(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """The uses of all other abilities one after the other; None when there are none.
-
-        Returns:
-            ``[A + 1]`` int32, where each ability's begin; the tokens and the weights.
-        """
-        kept = [use if len(use.tokens_P) < MANY else None for use in self.uses]
-        counts = [0 if use is None else len(use.tokens_P) for use in kept]
-        if not any(counts):
-            return None
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        tokens, weights = zip(*((use.tokens_P, use.weight_P) for use in kept if use is not None), strict=True)
-        return starts, np.concatenate(tokens), np.concatenate(weights)
+    def few(self) -> FlatUses | None:
+        """The uses of all other abilities; None when there are none."""
+        return FlatUses.of([use if len(use.tokens_P) < MANY else None for use in self.uses])
 
     @cached_property
-    def few_addresses(self) -> tuple[int, int, int] | None:
-        """Where the arrays of ``few`` lie."""
-        return None if self.few is None else tuple(int(part.ctypes.data) for part in self.few)  # type: ignore[return-value]
+    def every(self) -> FlatUses | None:
+        """The uses of all abilities; None when there are none."""
+        return FlatUses.of(self.uses)

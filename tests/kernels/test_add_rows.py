@@ -22,6 +22,8 @@ from act_serve.kernels.torch_impl import add_rows_torch
 FORMS = ["torch", "native"]
 # T, I, O: single tokens, odd sizes, and both sides of the number from which torch multiplies.
 SIZES = [(1, 8, 8), (3, 33, 17), (5, 31, 40), (17, 576, 300), (MANY - 1, 64, 129), (MANY, 96, 40), (301, 65, 80)]
+# Enough for two threads, which share the columns of the first and the tokens of the second.
+SIZES += [(40, 576, 600), (300, 100, 600)]
 MIXES = ["distinct", "uniform", "zipf", "identical", "runs", "idle", "composed"]
 
 
@@ -142,25 +144,28 @@ def test_padding_is_left_alone_and_equal_rows_add_up(name: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [MANY - 1, MANY + 1])
-def test_what_is_not_a_number_stays_so_and_spoils_nothing_else(tokens: int) -> None:
+@pytest.mark.parametrize("repeated", [1, 10])
+def test_what_is_not_a_number_stays_so_and_spoils_nothing_else(tokens: int, repeated: int) -> None:
     x_TI = torch.randn(tokens, 40).bfloat16()
     x_TI[1, 2], x_TI[2, 3] = float("nan"), float("inf")
-    y_TO = torch.full((tokens, 6), 1.0).bfloat16()
-    y_TO[:, 5] = float("nan")
-    rows = AbilityRows(torch.tensor([0, 4], dtype=torch.int32), torch.ones(2, 40).bfloat16())
+    y_TO = torch.full((tokens, 6 * repeated), 1.0).bfloat16()
+    y_TO[:, 5::6] = float("nan")
+    changed = [column for column in range(6 * repeated) if column % 6 in (0, 4)]
+    rows = AbilityRows(torch.tensor(changed, dtype=torch.int32), torch.ones(len(changed), 40).bfloat16())
     native(torch.bfloat16)(x_TI, y_TO, ActiveRows([rows]), TokenWeights(np.ones((tokens, 1))))
-    assert y_TO[1, [0, 4]].isnan().all()
-    assert y_TO[2, [0, 4]].isinf().all()
-    rest = y_TO[torch.arange(tokens) > 2]
-    assert rest[:, :5].isfinite().all()
-    assert rest[:, 5].isnan().all()
+    assert y_TO[1, changed].isnan().all()
+    assert y_TO[2, changed].isinf().all()
+    rest = y_TO[torch.arange(tokens) > 2].unflatten(1, (repeated, 6))
+    assert rest[:, :, :5].isfinite().all()
+    assert rest[:, :, 5].isnan().all()
 
 
-def test_bfloat16_rounds_as_torch_does() -> None:
-    x_TI, y_TO = torch.randn(40, 1).bfloat16(), torch.randn(40, 1).bfloat16()
-    rows = AbilityRows(torch.tensor([0], dtype=torch.int32), torch.ones(1, 1).bfloat16())
+@pytest.mark.parametrize("rows", [1, 37])
+def test_bfloat16_rounds_as_torch_does(rows: int) -> None:
+    x_TI, y_TO = torch.randn(40, 1).bfloat16(), torch.randn(40, rows).bfloat16()
+    ability = AbilityRows(torch.arange(rows, dtype=torch.int32), torch.ones(rows, 1).bfloat16())
     expected = (y_TO.float() + 0.7 * x_TI.float()).bfloat16()
-    native(torch.bfloat16)(x_TI, y_TO, ActiveRows([rows]), TokenWeights(np.full((40, 1), 0.7)))
+    native(torch.bfloat16)(x_TI, y_TO, ActiveRows([ability]), TokenWeights(np.full((40, 1), 0.7)))
     assert torch.equal(y_TO, expected)
 
 
