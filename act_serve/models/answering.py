@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from act_serve.models.examples import Batch, Encoded, Example, collate, encode_prompt
+from act_serve.models.examples import Batch, Encoded, Example, collate, encode_prompt, padded_length
 
 
 def answer_logits(model: Any, batch: Batch) -> Tensor:
@@ -55,10 +55,10 @@ def nll_sums(model: Any, items: Sequence[Encoded], *, pad_id: int, batch_size: i
 
 def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     device = next(model.parameters()).device
-    longest = max(map(len, prompts))
+    length = padded_length(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids_BT = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ids_BT = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     with torch.inference_mode():
         out_BT = model.generate(
             input_ids=ids_BT,
@@ -68,5 +68,5 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_toke
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
         )
-    texts = tokenizer.batch_decode(out_BT[:, longest:], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(out_BT[:, length:], skip_special_tokens=True)
     return [text.strip() for text in texts]

@@ -1,14 +1,18 @@
 """One training or test item, and its tokens.
 
-Shapes: B items in a batch, T tokens of the longest.
+Shapes: B items in a batch, T tokens of the longest, rounded up.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Batches are as long as a multiple of this: oneDNN, which multiplies in bfloat16 on CPUs, compiles code for every new
+# shape, and would spend most of its time on that if all batches had lengths of their own.
+LENGTH_MULTIPLE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +73,15 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def padded_length(lengths: Iterable[int]) -> int:
+    """The length T that a batch of such items is padded to."""
+    return -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
 def collate(items: Sequence[Encoded], pad_id: int) -> Batch:
     """Pads on the right and marks the answer-predicting positions."""
-    longest = max(len(item.ids) for item in items)
-    ids = torch.full((len(items), longest), pad_id, dtype=torch.int64)
+    length = padded_length(len(item.ids) for item in items)
+    ids = torch.full((len(items), length), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     predicts = torch.zeros_like(ids, dtype=torch.bool)
     for row, item in enumerate(items):

