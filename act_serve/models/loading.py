@@ -9,9 +9,9 @@ from typing import Any
 from act_serve.errors import MissingExtraError, ModelError
 from act_serve.home import cache_home
 
-# So many compiled shapes oneDNN keeps; by default 1,024 (uxlfoundation.github.io/oneDNN, "Primitive Cache"). Every
-# module has another number of trained rows, and so shapes of its own, forwards and backwards.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32768")
+# So many compiled shapes oneDNN keeps; by default 1,024 (uxlfoundation.github.io/oneDNN, "Primitive Cache"), which
+# training goes beyond: lengths of batches times numbers of rows, forwards and backwards.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "smollm2-135m-instruct"

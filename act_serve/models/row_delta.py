@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from act_serve.delta.artifact import ModuleDelta
+
+# Rows are multiplied in groups of so many, the last one filled up with zeros, for the reason that
+# `models.examples.LENGTH_MULTIPLE` has: every module has another number of rows.
+ROWS_MULTIPLE = 16
 
 
 class RowDeltas:
@@ -64,14 +68,15 @@ class RowDeltas:
             self.on = True
 
     def _hook(self, name: str) -> Any:
-        bias_K = self._given[name].bias_delta
+        bias_K, rows_K = self._given[name].bias_delta, self._rows[name]
+        missing = -len(rows_K) % ROWS_MULTIPLE
 
         def add_rows(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not self.on:
                 return output
-            delta_KI = self._trained[name].to(output.device, output.dtype)
-            bias = None if bias_K is None else bias_K.to(output.device, output.dtype)
-            added_BTK = linear(inputs[0], delta_KI, bias)
-            return torch.index_add(output, -1, self._rows[name].to(output.device), added_BTK, alpha=self._weight)
+            delta_KI = pad(self._trained[name].to(output.device, output.dtype), (0, 0, 0, missing))
+            bias = None if bias_K is None else pad(bias_K.to(output.device, output.dtype), (0, missing))
+            added_BTK = linear(inputs[0], delta_KI, bias)[..., : len(rows_K)]
+            return torch.index_add(output, -1, rows_K.to(output.device), added_BTK, alpha=self._weight)
 
         return add_rows

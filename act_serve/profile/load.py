@@ -9,17 +9,15 @@ from pydantic import ValidationError
 from act_serve.errors import ProfileError
 from act_serve.profile.schema import Data, Profile
 
+Place = tuple[str, ...]
+
 
 def load_profile(path: Path) -> Profile:
     """Returns the profile in `path`, its data files resolved against the profile's folder.
 
     Raises ProfileError with file, line, field and what is expected there.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ProfileError(f"{path}: can't be read ({exc})") from exc
-    content, lines = _parse(path, text)
+    content, lines = _read(path, ())
     try:
         profile = Profile.model_validate(content)
     except ValidationError as exc:
@@ -27,7 +25,26 @@ def load_profile(path: Path) -> Profile:
     return _with_absolute_files(profile, path.parent)
 
 
-def _parse(path: Path, text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
+def _read(path: Path, below: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Place, str]]:
+    """The keys of a profile and of those that it extends, and `file:line` of every key; `below` extend this one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ProfileError(f"{path}: can't be read ({exc})") from exc
+    content, lines = _parse(path, text)
+    if (name := content.pop("extends", None)) is None:
+        return content, lines
+    where = lines["extends",]
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ProfileError(f"{where}: extends: give the name of a profile in the same folder, such as fr.yaml")
+    if path.with_name(name) in (path, *below):
+        raise ProfileError(f"{where}: extends: {name} extends this profile in turn")
+    inherited, places = _read(path.with_name(name), (path, *below))
+    merged = {key: value for key, value in {**inherited, **content}.items() if value is not None}
+    return merged, {place: at for place, at in places.items() if place[:1] not in lines} | lines
+
+
+def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[Place, str]]:
     try:
         content = yaml.safe_load(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -37,10 +54,10 @@ def _parse(path: Path, text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
         raise ProfileError(f"{where}: not valid YAML: {getattr(exc, 'problem', exc)}") from exc
     if not isinstance(content, dict):
         raise ProfileError(f"{path}: a profile is a mapping that starts with `name: ...`")
-    return content, dict(_lines(root, ()))
+    return content, {place: f"{path}:{line}" for place, line in _lines(root, ())}
 
 
-def _lines(node: Any, place: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
+def _lines(node: Any, place: Place) -> list[tuple[Place, int]]:
     """Lists the line of every key, by its place in the file."""
     found = [(place, node.start_mark.line + 1)]
     if isinstance(node, yaml.MappingNode):
@@ -53,7 +70,7 @@ def _lines(node: Any, place: tuple[str, ...]) -> list[tuple[tuple[str, ...], int
     return found
 
 
-def _explain(path: Path, error: ValidationError, lines: dict[tuple[str, ...], int]) -> str:
+def _explain(path: Path, error: ValidationError, lines: dict[Place, str]) -> str:
     said = []
     for problem in error.errors():
         place = tuple(str(part) for part in problem["loc"])
@@ -61,7 +78,7 @@ def _explain(path: Path, error: ValidationError, lines: dict[tuple[str, ...], in
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown key; check its spelling and indentation"
-        said.append(f"{path}:{lines.get(known, 1)}: {'.'.join(place) or 'profile'}: {message}")
+        said.append(f"{lines.get(known, f'{path}:1')}: {'.'.join(place) or 'profile'}: {message}")
     return "\n".join(said)
 
 

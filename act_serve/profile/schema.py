@@ -218,7 +218,8 @@ class RetainedTask(Task):
 class Profile(_Section):
     """One ability profile. Field by field it mirrors the YAML file; unknown keys are refused.
 
-    `stored: int8` keeps the rows in half the bytes; everything is measured as stored.
+    `stored: int8` keeps the rows in half the bytes; everything is measured as stored. `extends: OTHER.yaml`, a file in
+    the same folder, takes the keys from there that this one lacks; a key with nothing behind it is left out.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")

@@ -71,3 +71,38 @@ def test_shipped_profiles(name: str) -> None:
     assert len(profile.exemplars) >= 12
     assert all(task.items >= 200 for task in (*profile.score, *profile.retain))
     assert all(task.max_drop <= 0.03 for task in profile.retain)
+
+
+def test_a_profile_takes_what_it_lacks_from_the_one_it_extends(tmp_path: Path) -> None:
+    written(tmp_path, GOOD)
+    more = tmp_path / "more.yaml"
+    more.write_text("extends: demo.yaml\nsource: {ability: demo}\nlocalize:\nseed: 3\n", encoding="utf-8")
+    profile, extended = load_profile(more), load_profile(tmp_path / "demo.yaml")
+    assert (profile.seed, profile.source.ability) == (3, "demo")
+    assert "localize" not in profile.model_fields_set
+    assert (profile.name, profile.data, profile.score) == (extended.name, extended.data, extended.score)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("extends: demo.yaml\nseed: x", "more.yaml:2: seed: Input should be a valid integer"),
+        ("extends: demo.yaml\nsource: {}", "more.yaml:2: source: give one of `model`"),
+        ("extends: demo.yaml\ndata:", "more.yaml:2: data: Field required"),
+        ("extends: bad.yaml", "bad.yaml:7: localize.p: Input should be greater than 0"),
+        ("seed: 1\nextends: ../demo.yaml", "more.yaml:2: extends: give the name of a profile in the same folder"),
+        ("extends: [demo.yaml]", "more.yaml:1: extends: give the name"),
+        ("extends: more.yaml", "more.yaml:1: extends: more.yaml extends this profile in turn"),
+        ("extends: round.yaml", "round.yaml:1: extends: more.yaml extends this profile in turn"),
+        ("extends: none.yaml", "none.yaml: can't be read"),
+    ],
+)
+def test_mistakes_in_what_extends_another_name_the_right_file(tmp_path: Path, text: str, said: str) -> None:
+    written(tmp_path, GOOD)
+    (tmp_path / "bad.yaml").write_text(GOOD.replace("p: 0.1", "p: 0"), encoding="utf-8")
+    (tmp_path / "round.yaml").write_text("extends: more.yaml", encoding="utf-8")
+    more = tmp_path / "more.yaml"
+    more.write_text(text, encoding="utf-8")
+    with pytest.raises(ProfileError) as caught:
+        load_profile(more)
+    assert said in str(caught.value)
