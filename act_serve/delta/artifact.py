@@ -11,6 +11,7 @@ Tensors of ``channel_delta.safetensors``, per module of the checkpoint (k change
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -256,7 +257,8 @@ def _problem(module: ModuleDelta, entry: ModuleEntry) -> str | None:
         return f"delta is {delta.dtype} {tuple(delta.shape)}, not floating ({entry.rows}, {entry.in_features})"
     if bias is not None and (bias.dtype not in _FLOATING or bias.shape != (entry.rows,)):
         return f"bias_delta is {bias.dtype} {tuple(bias.shape)}, not floating ({entry.rows},)"
-    if rows[0] < 0 or rows[-1] >= entry.out_features or bool((rows[1:] <= rows[:-1]).any()):
+    numbers = rows.numpy()  # a fraction of the time that torch takes for so few
+    if numbers[0] < 0 or numbers[-1] >= entry.out_features or (numbers[1:] <= numbers[:-1]).any():
         return f"rows are not ascending, unique and in [0, {entry.out_features})"
     if not _finite(delta) or (bias is not None and not _finite(bias)):
         return "the delta holds NaN or infinity"
@@ -265,7 +267,7 @@ def _problem(module: ModuleDelta, entry: ModuleEntry) -> str | None:
 
 def _finite(values: torch.Tensor) -> bool:
     # NaN and infinity are what the extremes of a tensor with one are; a tenth of the time of isfinite().all().
-    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
+    return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values))
 
 
 def _write_durably(path: Path, data: bytes) -> None:

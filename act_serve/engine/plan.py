@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import (
 
 from act_serve.delta.artifact import ModuleDelta
 from act_serve.delta.fit import ModuleShape
+from act_serve.engine.row_memory import RowMemory
 from act_serve.errors import EngineError
 
 # Layers whose weights other code reads without a call of ``apply``: DeepSeek's latent attention, and Mamba.
@@ -37,6 +38,13 @@ class Part:
     shape: ModuleShape
     rows: range
     start: int
+
+    def of(self, rows: torch.Tensor) -> slice:
+        """Which of an ability's rows of the module, ascending, this worker computes."""
+        if len(self.rows) == self.shape.out_features and len(rows) and rows[-1].item() in self.rows:
+            return slice(0, len(rows))
+        bounds = torch.tensor([self.rows.start, self.rows.stop], dtype=rows.dtype)
+        return slice(*torch.searchsorted(rows, bounds).tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,28 +69,24 @@ class LayerPlan:
         """Number of input features that this worker multiplies, I."""
         return len(range(*self.columns.indices(self.layer.input_size)))
 
-    def segment(self, modules: Mapping[str, ModuleDelta], dtype: torch.dtype) -> ModuleDelta:
+    def segment(self, modules: Mapping[str, ModuleDelta], dtype: torch.dtype, memory: RowMemory) -> ModuleDelta:
         """A copy of an ability's rows in the layer's local output; possibly none.
 
         Args:
             modules: the ability's delta by checkpoint module, rows ascending.
             dtype: of the copied values; every value is moved and converted once.
+            memory: where the copy lies.
 
         Returns:
             rows ``[k]`` int32, ascending; delta ``[k, I]`` and bias ``[k]`` for the columns and rows of this worker.
         """
-        found = []
-        for part in self.parts:
-            if (module := modules.get(part.module)) is not None:
-                bounds = torch.tensor([part.rows.start, part.rows.stop], dtype=module.rows.dtype)
-                found.append((part, module, slice(*torch.searchsorted(module.rows, bounds).tolist())))
+        found = [(p, modules[p.module], p.of(modules[p.module].rows)) for p in self.parts if p.module in modules]
         count = sum(mine.stop - mine.start for _, _, mine in found)
-        rows = torch.empty(count, dtype=torch.int32)
-        delta = torch.empty(count, self.width, dtype=dtype)
+        rows, delta = memory.empty([count], torch.int32), memory.empty([count, self.width], dtype)
         biased = self.adds_bias and any(
             module.bias_delta is not None and bool(module.bias_delta[mine].any()) for _, module, mine in found
         )
-        bias = torch.zeros(count, dtype=dtype) if biased else None
+        bias = memory.empty([count], dtype).zero_() if biased else None
         end = 0
         for part, module, mine in found:
             here = slice(end, end := end + mine.stop - mine.start)

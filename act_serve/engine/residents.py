@@ -10,6 +10,7 @@ from act_serve.delta.artifact import ModuleDelta
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.layers import DeltaLayer
 from act_serve.engine.plan import LayerPlan
+from act_serve.engine.row_memory import RowMemory, rounded_up
 from act_serve.errors import EngineError
 from act_serve.kernels.row_table import places_of
 from act_serve.kernels.rows import AbilityRows
@@ -63,7 +64,8 @@ class ResidentAbilities:
         Raises:
             EngineError: not every row found its place.
         """
-        segments = [plan.segment(modules, plan.layer.params_dtype) for plan in self._plans]
+        memory = RowMemory(self._most_bytes(modules))
+        segments = [plan.segment(modules, plan.layer.params_dtype, memory) for plan in self._plans]
         expected = sum(m.rows.numel() for m in modules.values()) - self._elsewhere(modules)
         applied = sum(s.rows.numel() for s in segments)
         if applied != expected:
@@ -103,6 +105,15 @@ class ResidentAbilities:
         for layer in self._layers:
             layer.forget(key)
         del self._bytes[key]
+
+    def _most_bytes(self, modules: Mapping[str, ModuleDelta]) -> int:
+        """What an ability's rows take at most on this worker."""
+        total = 0
+        for plan in self._plans:
+            count = sum(len(modules[part.module].rows) for part in plan.parts if part.module in modules)
+            size = plan.layer.params_dtype.itemsize
+            total += rounded_up(4 * count) + rounded_up(size * count * plan.width) + rounded_up(size * count)
+        return total
 
     def _on_device(self, plan: LayerPlan, segment: ModuleDelta) -> AbilityRows:
         rows_N, bias_N = segment.rows.to(self._device), segment.bias_delta

@@ -108,10 +108,8 @@ def test_memory_is_that_of_the_tensors() -> None:
     for key in bench.keys:
         bench.load(key)
     tensors = [part for rows in bench.layer.resident.values() for part in (rows.rows_N, rows.delta_NI, rows.bias_N)]
-    storages = {
-        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in tensors if part is not None
-    }
-    assert sum(storages.values()) == bench.residents.bytes
+    sizes = {part.data_ptr(): part.nbytes for part in tensors if part is not None}
+    assert sum(sizes.values()) == bench.residents.bytes
 
 
 def test_a_gone_ability_leaves_nothing_behind() -> None:
