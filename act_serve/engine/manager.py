@@ -7,7 +7,7 @@ costs nothing but an entry in a table; only abilities take memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,8 @@ from act_serve.kernels.rows import AbilityRows
 
 logger = init_logger("vllm.act_serve")
 
+# About what an ability of 10 MB takes, and less than a step of a loaded engine.
+_CPU_PATIENCE_S = 0.04
 # vLLM's warm-up sends requests with this path (vllm/v1/worker/lora_model_runner_mixin.py).
 _WARM_UP_PATH = "/not/a/real/path"
 
@@ -85,6 +87,7 @@ class AbilityManager:
         self._last_mapping: tuple[int, ...] | None = None
         self._loader = _one_thread()
         self._loading: dict[AbilityKey, Future[list[AbilityRows]]] = {}
+        self._patience_s = 0.0
         self.modules: dict[str, ModuleShape] = {}
         self._residents: ResidentAbilities
 
@@ -92,6 +95,9 @@ class AbilityManager:
 
     def load(self, keys: Iterable[AbilityKey]) -> bool:
         """Reads, checks and converts abilities in a thread, while steps go on; makes them resident once all are ready.
+
+        On a CPU the call that starts this waits a little: a step would share its cores with the thread, so that small
+        abilities would be ready no sooner than after two steps, both longer by as much as is waited here.
 
         What was begun for others and never taken is dropped, so that requests that gave up hold no memory.
 
@@ -104,6 +110,8 @@ class AbilityManager:
         keys = list(keys)
         started = {key: self._loading.get(key) for key in keys if key not in self._residents}
         self._loading = {key: future or self._loader.submit(self._prepare, key) for key, future in started.items()}
+        if not all(started.values()):
+            wait(self._loading.values(), self._patience_s)
         if not all(future.done() for future in self._loading.values()):
             return False
         ready, self._loading = self._loading, {}
@@ -144,6 +152,7 @@ class AbilityManager:
         self.modules = whole_modules(self._gather(parts))
         other_stages = self.modules.keys() - {part.module for part in parts}
         self._residents = ResidentAbilities(plans, layers, device, self._max_resident_bytes, other_stages)
+        self._patience_s = _CPU_PATIENCE_S if device.type == "cpu" else 0.0
         return model
 
     def add_adapter(self, request: LoRARequest) -> bool:

@@ -105,6 +105,14 @@ async def ask(registry: CompositionRegistry, store: Store, text: str) -> None:
         pass
 
 
+async def test_a_start_that_waits_needs_no_question(start: Started, store: Store) -> None:
+    engine, registry = start()
+    engine.ability_manager._patience_s = 10.0
+    for name in ("r0", "r1+r0", "r2"):
+        await ask(registry, store, name)
+    assert [[key[0] for key in leaving] for _, leaving in engine.calls] == [[], [], ["r0"]]
+
+
 async def test_a_load_is_a_start_and_a_question_and_what_leaves_goes_with_the_start(
     start: Started, store: Store
 ) -> None:
