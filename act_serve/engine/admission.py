@@ -13,6 +13,7 @@ from act_serve.delta.fingerprint import check_base
 from act_serve.delta.fit import ModuleShape, check_modules
 from act_serve.delta.manifest import Counts, Manifest, ModelFingerprint
 from act_serve.engine.ability_key import AbilityKey
+from act_serve.engine.graph_limits import check_count
 from act_serve.errors import UnknownAbilityError
 
 
@@ -25,6 +26,7 @@ class Admission:
         modules: what the engine can change, when known; None leaves that check to the worker.
         tensors: whether to read the tensors too. Not needed where the workers, which read them anyway, say what is
             wrong with them before a request is let through.
+        most_abilities: of one composition; None is no limit.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class Admission:
         modules: Mapping[str, ModuleShape] | None = None,
         *,
         tensors: bool = True,
+        most_abilities: int | None = None,
     ) -> None:
+        self._most_abilities = most_abilities
         self.store, self._fingerprint, self.modules, self._tensors = store, fingerprint, modules, tensors
         self._verified: dict[AbilityKey, Counts] = {}
 
@@ -46,7 +50,9 @@ class Admission:
         Raises:
             UnknownAbilityError: an ability or version is not in the store, or has other content than was asked for.
             ArtifactDamagedError, BaseMismatchError: it is there and cannot be used.
+            RequestError: it names more abilities than the engine takes.
         """
+        check_count(len(composition.abilities), self._most_abilities)
         return Composition.of([await asyncio.to_thread(self._pin, ability) for ability in composition.abilities])
 
     def counts(self, pinned: WeightedAbility) -> Counts:

@@ -87,7 +87,13 @@ def command_line(settings: EngineSettings) -> list[str]:
         "max_loras": settings.max_num_seqs,
         "max_lora_rank": 8,
         "worker_cls": WORKER_CLS,
-        "additional_config": {"act_serve": {"store": store, "max_resident_bytes": settings.max_resident_bytes}},
+        "additional_config": {
+            "act_serve": {
+                "store": store,
+                "max_resident_bytes": settings.max_resident_bytes,
+                "abilities_per_request": settings.abilities_per_request,
+            }
+        },
         "middleware": f"{__name__}.{HoldComposition.__name__}",
         "disable_uvicorn_access_log": True,
         **settings.engine_args,
@@ -105,8 +111,10 @@ def command_line(settings: EngineSettings) -> list[str]:
 async def _registry(client: Any, models: Any, settings: EngineSettings) -> CompositionRegistry:
     (of_any_worker, *_) = await client.collective_rpc("ability_modules")
     modules = {name: ModuleShape(*shape) for name, shape in of_any_worker.items()}
+    (most, *_) = await client.collective_rpc("abilities_per_request")
     fingerprint = fingerprint_model(checkpoint_folder(settings.model))
-    admission = Admission(open_store(absolute(settings.store)), fingerprint, modules, tensors=False)
+    store = open_store(absolute(settings.store))
+    admission = Admission(store, fingerprint, modules, tensors=False, most_abilities=most)
     return CompositionRegistry(client, models, admission, [settings.served_model_name], settings.max_resident_bytes)
 
 

@@ -24,12 +24,14 @@ from act_serve.delta.fit import ModuleShape, check_modules
 from act_serve.delta.manifest import ModelFingerprint
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.batch import BatchTable
+from act_serve.engine.graph_limits import GraphLimits, check_count
+from act_serve.engine.graph_tables import GraphDeltaLayer, GraphTables
 from act_serve.engine.layers import DeltaLayer, DeltaLinearMethod
 from act_serve.engine.plan import Part, plan_layers, whole_modules
 from act_serve.engine.residents import ResidentAbilities
 from act_serve.errors import ArtifactDamagedError, EngineError
 from act_serve.home import cache_home
-from act_serve.kernels.dispatch import choose_add_rows
+from act_serve.kernels.dispatch import AddRows, choose_add_rows
 from act_serve.kernels.rows import AbilityRows
 
 logger = init_logger("vllm.act_serve")
@@ -68,6 +70,7 @@ class AbilityManager:
         store: the only place that abilities are read from; None is none.
         max_resident_bytes: budget for resident abilities.
         gather: takes the modules' parts on this worker, and returns those on every worker.
+        graph_limits: where steps run inside CUDA graphs, how large such a step may be.
 
     Attributes:
         modules: the checkpoint modules that deltas may change, with their whole shapes, whichever worker has them.
@@ -79,8 +82,10 @@ class AbilityManager:
         store: Store | None,
         max_resident_bytes: int,
         gather: Callable[[list[Part]], list[list[Part]]] = lambda mine: [mine],
+        graph_limits: GraphLimits | None = None,
     ) -> None:
         self._fingerprint, self._gather, self._store = fingerprint, gather, store
+        self._graph_limits, self._graphs = graph_limits, None if graph_limits is None else GraphTables(graph_limits)
         self._max_resident_bytes = max_resident_bytes
         self._batch = BatchTable()
         self._compositions: dict[int, _Resolved] = {}
@@ -137,19 +142,21 @@ class AbilityManager:
         """Puts a delta layer behind every linear layer of the model, and returns the model.
 
         Raises:
-            EngineError: rows of a module are on no worker.
+            EngineError: rows of a module are on no worker, or the kernel does not run inside CUDA graphs as it must.
         """
         plans = plan_layers(model)
         device = next(model.parameters()).device
         dtypes = {plan.layer.params_dtype for plan in plans}
         kernels = {dtype: choose_add_rows(device, dtype, cache_home() / "kernels") for dtype in dtypes}
-        layers = []
+        layers: list[Any] = []
         for plan in plans:
-            layer = DeltaLayer(plan.name, self._batch, kernels[plan.layer.params_dtype])
+            layer = self._delta_layer(plan.name, kernels[plan.layer.params_dtype])
             plan.layer.quant_method = DeltaLinearMethod(plan.layer.quant_method, layer)
             layers.append(layer)
         parts = [part for plan in plans for part in plan.parts]
         self.modules = whole_modules(self._gather(parts))
+        if self._graphs is not None:
+            self._graphs.serve(device, layers, [plan.out_features for plan in plans])
         other_stages = self.modules.keys() - {part.module for part in parts}
         self._residents = ResidentAbilities(plans, layers, device, self._max_resident_bytes, other_stages)
         self._patience_s = _CPU_PATIENCE_S if device.type == "cpu" else 0.0
@@ -206,6 +213,8 @@ class AbilityManager:
         if unknown and not all(r.lora_path == _WARM_UP_PATH for r in requests):
             raise EngineError(f"tokens name adapters that were never added: {sorted(unknown)}")
         self._fill(ids_T, active)
+        if self._graphs is not None:
+            self._graphs.prepare(self._batch, made_up=bool(unknown))
         self._last_mapping = ids_T
 
     @contextmanager
@@ -230,7 +239,14 @@ class AbilityManager:
     def _forget_step(self) -> None:
         """Empties the tables, and has the next step fill them again even where its tokens are the last one's."""
         self._batch.clear()
+        if self._graphs is not None:
+            self._graphs.clear()
         self._last_mapping = None
+
+    def _delta_layer(self, name: str, add_rows: AddRows) -> DeltaLayer:
+        if self._graphs is None:
+            return DeltaLayer(name, self._batch, add_rows)
+        return GraphDeltaLayer(name, self._batch, add_rows, self._graphs)
 
     def _resolve(self, request: LoRARequest) -> _Resolved:
         if self._store is None or request.lora_path != str(self._store.root):
@@ -241,6 +257,8 @@ class AbilityManager:
         composition = Composition.parse(request.lora_name.rpartition(":")[2])
         if not composition or not composition.pinned:
             raise EngineError(f"adapter {request.lora_name} does not pin the versions of its abilities")
+        if self._graph_limits is not None:
+            check_count(len(composition.abilities), self._graph_limits.abilities_per_request)
         return _Resolved(
             request.lora_name,
             {AbilityKey.of(a): a.weight for a in composition.abilities},

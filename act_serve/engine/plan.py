@@ -69,6 +69,11 @@ class LayerPlan:
         """Number of input features that this worker multiplies, I."""
         return len(range(*self.columns.indices(self.layer.input_size)))
 
+    @property
+    def out_features(self) -> int:
+        """Number of outputs that this worker computes, O."""
+        return sum(len(part.rows) for part in self.parts)
+
     def segment(self, modules: Mapping[str, ModuleDelta], dtype: torch.dtype, memory: RowMemory) -> ModuleDelta:
         """A copy of an ability's rows in the layer's local output; possibly none.
 

@@ -116,12 +116,13 @@ class ResidentAbilities:
         return total
 
     def _on_device(self, plan: LayerPlan, segment: ModuleDelta) -> AbilityRows:
-        rows_N, bias_N = segment.rows.to(self._device), segment.bias_delta
         place_O = None
         if self._device.type == "cuda":
-            place_O = places_of(rows_N, sum(len(part.rows) for part in plan.parts))
-        bias_N = None if bias_N is None else bias_N.to(self._device)
-        return AbilityRows(rows_N, segment.delta.to(self._device), bias_N, place_O)
+            # Made here and copied: a copy has ended when it returns, but a kernel that this thread launches may not
+            # have when the steps' stream reads what it writes.
+            place_O = places_of(segment.rows, plan.out_features).to(self._device)
+        bias_N = None if segment.bias_delta is None else segment.bias_delta.to(self._device)
+        return AbilityRows(segment.rows.to(self._device), segment.delta.to(self._device), bias_N, place_O)
 
     def _make_room(self, key: AbilityKey, size: int, in_use: Collection[AbilityKey], over_budget: bool) -> None:
         idle = [other for other in self._bytes if other not in in_use]

@@ -13,6 +13,7 @@ STORE_ENV = "ACT_SERVE_STORE"
 BASE_ENV = "ACT_SERVE_BASE"
 RESIDENT_ENV = "ACT_SERVE_MAX_RESIDENT_BYTES"
 DEFAULT_RESIDENT_BYTES = 2 << 30
+DEFAULT_ABILITIES_PER_REQUEST = 8
 WORKER_CLS = "act_serve.engine.worker.AbilityWorker"
 
 
@@ -28,9 +29,11 @@ class EngineSettings:
             bfloat16 instructions.
         max_model_len: tokens of prompt and answer together.
         max_num_seqs: requests in one batch; compositions cost nothing, so each may have its own.
-        enforce_eager: skip torch.compile, which makes the start about a minute shorter.
+        enforce_eager: skip torch.compile, which makes the start about a minute shorter, and CUDA graphs.
         kv_cache_gib: memory of the KV cache on the CPU backend, in whole GiB.
         max_resident_bytes: budget of the resident abilities' tensors, in bytes.
+        abilities_per_request: the most abilities that one request may name where steps run in CUDA graphs, whose
+            buffers have that size; no limit of its own elsewhere.
         engine_args: further vLLM engine arguments, by their Python names.
     """
 
@@ -43,4 +46,5 @@ class EngineSettings:
     enforce_eager: bool = True
     kv_cache_gib: int = 1
     max_resident_bytes: int = DEFAULT_RESIDENT_BYTES
+    abilities_per_request: int = DEFAULT_ABILITIES_PER_REQUEST
     engine_args: dict[str, Any] = field(default_factory=dict)

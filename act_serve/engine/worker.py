@@ -13,17 +13,24 @@ from vllm.config import CompilationMode
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
+from act_serve import __version__
 from act_serve.abilities.location import absolute
 from act_serve.abilities.store import open_store
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.engine.ability_key import AbilityKey
+from act_serve.engine.graph_limits import GraphLimits
 from act_serve.engine.manager import AbilityManager
 from act_serve.engine.plan import Part
-from act_serve.engine.settings import DEFAULT_RESIDENT_BYTES, RESIDENT_ENV, STORE_ENV
+from act_serve.engine.settings import (
+    DEFAULT_ABILITIES_PER_REQUEST,
+    DEFAULT_RESIDENT_BYTES,
+    RESIDENT_ENV,
+    STORE_ENV,
+)
 from act_serve.errors import ActServeError, EngineError
 
 if TYPE_CHECKING:
-    from vllm.config import CompilationConfig
+    from vllm.config import CompilationConfig, ParallelConfig, VllmConfig
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 elif current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -38,13 +45,14 @@ class AbilityWorker(_Worker):
         """As vLLM's; the model's linear layers get their delta layers.
 
         Raises:
-            EngineError: CUDA graphs are on (they replay with the addresses of their capture, and packed rows move),
-                or LoRA is not enabled.
+            EngineError: LoRA is not enabled, or a step's tokens would not all come to one forward pass.
         """
-        if not current_platform.is_cpu() and not self.model_config.enforce_eager:
-            raise EngineError("abilities do not run inside CUDA graphs yet; start vLLM with --enforce-eager")
+        check_whole_steps(self.parallel_config)
         compile_on_cpu(self.vllm_config.compilation_config)
-        options: dict[str, Any] = (self.vllm_config.additional_config or {}).get("act_serve", {})
+        options = mark_compiled_model(self.vllm_config)
+        self.graph_limits = GraphLimits.of(
+            self.vllm_config, int(options.get("abilities_per_request") or DEFAULT_ABILITIES_PER_REQUEST)
+        )
         store = options.get("store") or os.environ.get(STORE_ENV)
         budget = options.get("max_resident_bytes") or os.environ.get(RESIDENT_ENV)
         self.ability_manager = AbilityManager(
@@ -52,9 +60,12 @@ class AbilityWorker(_Worker):
             None if store is None else open_store(absolute(store)),
             int(budget or DEFAULT_RESIDENT_BYTES),
             gather_from_workers,
+            self.graph_limits,
         )
         lora_config = self.vllm_config.lora_config
 
+        # Both of vLLM's GPU model runners inherit this method (vllm/v1/worker/lora_model_runner_mixin.py), call it from
+        # their load_model, and ask runner.lora_manager from then on.
         def load_lora_model(runner: Any, model: torch.nn.Module, vllm_config: Any, device: torch.device) -> Any:
             vllm_config.lora_config = lora_config
             runner.lora_manager = self.ability_manager
@@ -71,7 +82,7 @@ class AbilityWorker(_Worker):
             self.vllm_config.lora_config = lora_config
         if getattr(self.model_runner, "lora_manager", None) is not self.ability_manager:
             raise EngineError("this vLLM did not take the ability manager; start it with --enable-lora")
-        if current_platform.is_cpu() and not get_pp_group().is_first_rank:
+        if current_platform.is_cpu() and not self.use_v2_model_runner and not get_pp_group().is_first_rank:
             self._make_stage_input()
         return loaded
 
@@ -86,6 +97,10 @@ class AbilityWorker(_Worker):
     def ability_modules(self) -> dict[str, tuple[int, int, bool]]:
         """The checkpoint modules that deltas may change, on any worker: ``(out_features, in_features, bias)``."""
         return {name: astuple(shape) for name, shape in self.ability_manager.modules.items()}
+
+    def abilities_per_request(self) -> int | None:
+        """The most abilities that one request may name; None where nothing but vLLM limits it."""
+        return None if self.graph_limits is None else self.graph_limits.abilities_per_request
 
     def load_abilities(
         self, keys: list[tuple[str, int, str]], leaving: list[tuple[str, int, str]]
@@ -106,6 +121,32 @@ class AbilityWorker(_Worker):
             return self.ability_manager.load([AbilityKey(*key) for key in keys]), "", ""
         except ActServeError as exc:
             return False, type(exc).__name__, str(exc)
+
+
+def check_whole_steps(config: ParallelConfig) -> None:
+    """Refuses what splits a step's tokens: every token is known by its number in the whole step.
+
+    Raises:
+        EngineError: microbatches or prefill context parallelism are on.
+    """
+    if config.use_ubatching:
+        raise EngineError("abilities do not run with microbatches; leave --enable-dbo and --ubatch-size out")
+    if config.prefill_context_parallel_size > 1:
+        raise EngineError("abilities do not run with prefill context parallelism; set its size to 1")
+
+
+def mark_compiled_model(config: VllmConfig) -> dict[str, Any]:
+    """act-serve's part of vLLM's ``additional_config``, with a mark that compiled models are kept under.
+
+    vLLM keeps compiled models from one start to the next, by a hash of its settings and of the model's code
+    (vllm/compilation/decorators.py). Neither says which worker compiled it, and a model that was compiled with vLLM's
+    own LoRA layers, or by another version of this package, lacks what is added here. ``additional_config`` is part of
+    the hash (``VllmConfig.compute_hash``).
+    """
+    options: dict[str, Any] = (config.additional_config or {}).get("act_serve", {})
+    marked = {**options, "compiled_with": f"act-serve {__version__}"}
+    config.additional_config = {**(config.additional_config or {}), "act_serve": marked}
+    return options
 
 
 def compile_on_cpu(config: CompilationConfig) -> None:

@@ -11,10 +11,13 @@ import numpy as np
 import torch
 
 from act_serve.kernels.native import DTYPES, NativeRows, compile_native
+from act_serve.kernels.row_table import RowAddresses
 from act_serve.kernels.rows import AbilityRows, ActiveRows, TokenWeights
+from act_serve.kernels.step_table import StepTable
 from act_serve.kernels.torch_impl import add_rows_torch
 
 AddRows = Callable[[torch.Tensor, torch.Tensor, ActiveRows, TokenWeights], None]
+AddRowsFrom = Callable[[torch.Tensor, torch.Tensor, RowAddresses, StepTable], None]
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +40,14 @@ def choose_add_rows(device: torch.device, dtype: torch.dtype, folder: Path) -> A
         reason = exc.stderr.decode(errors="replace")[-300:] if isinstance(exc, subprocess.CalledProcessError) else exc
         _log.warning("abilities run several times slower without compiled code (%s); install g++ 10 or newer", reason)
         return add_rows_torch
+
+
+def graph_form(form: AddRows) -> AddRowsFrom | None:
+    """The same operation from tables on the device, whose launches can be captured in a CUDA graph.
+
+    None where a form has none: it reads the step on the host, and would replay the one of the capture for ever.
+    """
+    return getattr(form, "from_tables", None)
 
 
 def agrees_with_torch(form: AddRows, device: torch.device, dtype: torch.dtype) -> bool:

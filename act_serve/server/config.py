@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from act_serve.delta.composition import Composition
-from act_serve.engine.settings import DEFAULT_RESIDENT_BYTES
+from act_serve.delta.composition import MAX_ABILITIES, Composition
+from act_serve.engine.settings import DEFAULT_ABILITIES_PER_REQUEST, DEFAULT_RESIDENT_BYTES
 from act_serve.errors import ProfileError, RequestError
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+):(\d{1,5})")
@@ -37,7 +37,7 @@ _OWNED = {
     **dict.fromkeys(("model", "served_model_name", "dtype", "max_model_len", "max_num_seqs"), _ITSELF),
     **dict.fromkeys(("enforce_eager", "tool_call_parser"), _ITSELF),
     "enable_auto_tool_choice": "use the setting tool_call_parser; empty is no tools",
-    "additional_config": "use the settings store and max_resident_bytes",
+    "additional_config": "use the settings store, max_resident_bytes and abilities_per_request",
     **dict.fromkeys(("middleware", "worker_cls", "enable_lora", "max_lora_rank"), _SET_HERE),
     **dict.fromkeys(("max_loras", "max_cpu_loras"), _MAX_LORAS),
     "otlp_traces_endpoint": "use the setting otlp_endpoint",
@@ -139,6 +139,7 @@ class ServerSettings(BaseModel):
         tool_call_parser: vLLM's name of how the model writes tool calls (SmolLM2, Qwen: hermes); None or empty:
             no tools.
         max_resident_bytes: budget of the abilities that an engine holds in memory, in bytes.
+        abilities_per_request: as in :class:`act_serve.engine.settings.EngineSettings`.
         engine_args: further vLLM engine arguments, by their Python names; none that the settings above decide.
     """
 
@@ -181,6 +182,7 @@ class ServerSettings(BaseModel):
     enforce_eager: bool = True
     kv_cache_gib: PositiveInt = 1
     max_resident_bytes: PositiveInt = DEFAULT_RESIDENT_BYTES
+    abilities_per_request: Annotated[int, Field(ge=1, le=MAX_ABILITIES)] = DEFAULT_ABILITIES_PER_REQUEST
     tool_call_parser: str | None = "hermes"
     engine_args: Annotated[dict[str, Any], BeforeValidator(_from_json)] = {}
 

@@ -59,6 +59,7 @@ class Engine:
             enforce_eager=settings.enforce_eager,
             kv_cache_gib=settings.kv_cache_gib,
             max_resident_bytes=settings.max_resident_bytes,
+            abilities_per_request=settings.abilities_per_request,
             engine_args=_engine_args(settings),
         )
         self._token = secrets.token_urlsafe(24)

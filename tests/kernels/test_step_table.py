@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from act_serve.kernels import row_table
-from act_serve.kernels.row_table import RowTable, places_of
+from act_serve.kernels.row_table import ModelRows, ModelRowTable, RowTable, places_of
 from act_serve.kernels.rows import AbilityRows, ActiveRows, TokenWeights
 from act_serve.kernels.step_table import StepTable, table_of
 
@@ -24,21 +24,28 @@ def random_weights(tokens: int, abilities: int) -> np.ndarray:
 def test_every_use_has_one_place_in_a_block_of_its_ability(tokens: int, abilities: int, by_rounds: bool) -> None:
     weight_TA = random_weights(tokens, abilities).astype(np.float32)
     table = table_of(TokenWeights(weight_TA), CPU, block=16, by_rounds=by_rounds)
-    found = np.zeros_like(weight_TA)
-    for place, token in enumerate(table.token_U.tolist()):
-        if token >= 0:
-            found[token, table.ability_B[place // 16]] += table.weight_U[place].item()
-            assert place in table.place_TR[token].tolist()
+    most = table.uses_per_token
+    found, abilities_U, weights_U = np.zeros_like(weight_TA), table.ability_U.tolist(), table.weight_U.tolist()
+    for place, use in enumerate(table.use_P.tolist()):
+        if use >= 0:
+            assert place // 16 < table.blocks_1.item()
+            assert abilities_U[use] == table.ability_B[place // 16]
+            found[use // most, abilities_U[use]] += weights_U[use]
     assert np.array_equal(found, weight_TA)
-    assert (table.place_TR >= 0).sum() == (weight_TA != 0).sum()
+    assert (table.ability_U >= 0).sum() == (table.use_P >= 0).sum() == (weight_TA != 0).sum()
+    assert (table.ability_B >= 0).sum() == table.blocks_1.item()
+    # A kernel stops at a token's first place without an ability.
+    used_TR = (table.ability_U >= 0).view(tokens, most)
+    assert torch.equal(used_TR, used_TR.sort(1, descending=True).values)
 
 
 def test_a_round_has_no_token_twice_and_rounds_have_every_block() -> None:
     table = table_of(TokenWeights(random_weights(133, 9)), CPU, block=16, by_rounds=True)
     covered = []
     for first, blocks in table.rounds:
-        tokens = table.token_U[first * 16 : (first + blocks) * 16]
-        assert len(tokens[tokens >= 0]) == len(tokens[tokens >= 0].unique()) > 0
+        uses = table.use_P[first * 16 : (first + blocks) * 16]
+        tokens = uses[uses >= 0] // table.uses_per_token
+        assert len(tokens) == len(tokens.unique()) > 0
         covered += range(first, first + blocks)
     assert covered == torch.nonzero(table.ability_B >= 0).flatten().tolist()
 
@@ -58,6 +65,8 @@ def test_rows_beyond_the_capacity_or_unaligned_are_refused() -> None:
     unaligned = torch.zeros(9)[1:].view(2, 4)
     with pytest.raises(ValueError, match="16 bytes"):
         row_table.table_of(ActiveRows([AbilityRows(one.abilities[0].rows_N, unaligned)]), 8, CPU)
+    with pytest.raises(ValueError, match="2 abilities in a table for 1"):
+        ModelRowTable(CPU, abilities=1, out_features=[8]).fill([ModelRows.of(one.abilities, [8])] * 2)
 
 
 def test_places_invert_the_rows() -> None:

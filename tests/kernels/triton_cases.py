@@ -6,6 +6,7 @@ compiled kernels are tested.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -15,10 +16,11 @@ import torch
 from act_serve.kernels import row_table, step_table, triton_impl
 from act_serve.kernels.dispatch import agrees_with_torch
 from act_serve.kernels.reference import add_rows_reference
-from act_serve.kernels.row_table import RowTable
+from act_serve.kernels.row_table import ModelRows, ModelRowTable
 from act_serve.kernels.rows import AbilityRows, ActiveRows, TokenWeights
 from act_serve.kernels.step_table import StepTable
 from act_serve.kernels.triton_impl import ROUND_BLOCK, SPLIT_BLOCK, TritonRows, add_rows_rounds, add_rows_split
+from tests.kernels.simulated_graph import capture
 from tests.kernels.test_add_rows import abilities_of, compare, traffic
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,27 +126,98 @@ def test_more_rows_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(TritonRows(), x_TI, y_TO, active, traffic("composed", 3, 4))
 
 
-def test_tables_are_refilled_in_place() -> None:
-    """What a captured graph does: the same tensors and the same grid, step after step, until all are idle."""
-    step = StepTable(DEVICE, tokens=7, abilities=4, uses_per_token=3, block=SPLIT_BLOCK)
-    rows = RowTable(DEVICE, abilities=4, max_rows=17)
-    x_TI, y_TO, active = inputs((7, 33, 17), torch.float32)
-    tensors = [step.ability_B, step.token_U, step.weight_U, step.place_TR, rows.address_AC]
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    for tokens, abilities in [(7, 3), (2, 1), (5, 2)]:
-        chosen = ActiveRows(active.abilities[-abilities:])
-        weights = traffic("composed", tokens, abilities)
-        expected, got = y_TO.clone(), y_TO.clone()
-        step.fill(weights)
-        rows.fill(chosen, 17)
-        add_rows_reference(x_TI, expected, chosen, weights)
-        add_rows_split(x_TI, got, rows, step)
-        assert torch.allclose(got, expected, atol=1e-4)
-    step.fill(None)
-    got = y_TO.clone()
-    add_rows_split(x_TI, got, rows, step)
-    assert torch.equal(got, y_TO)
-    assert [tensor.data_ptr() for tensor in tensors] == addresses
+CAPACITY = {"tokens": 40, "abilities": 12, "uses_per_token": 3}
+
+
+def few_abilities(mix: str, tokens: int, abilities: int, most: int) -> TokenWeights:
+    """The weights of a mix, with at most so many abilities per token."""
+    weight_TA = traffic(mix, tokens, abilities).weight_TA.copy()
+    weight_TA[(weight_TA != 0).cumsum(axis=1) > most] = 0
+    return TokenWeights(weight_TA)
+
+
+class Replayed:
+    """Graphs of several sizes over buffers of their own, captured while nothing was active."""
+
+    def __init__(self, size: tuple[int, int], dtype: torch.dtype, captured: list[int]) -> None:
+        self.in_features, self.out_features = size
+        tokens, self.dtype = CAPACITY["tokens"], dtype
+        self.step = StepTable(DEVICE, **CAPACITY, block=SPLIT_BLOCK)
+        self.table = ModelRowTable(DEVICE, abilities=CAPACITY["abilities"], out_features=[self.out_features] * 3)
+        self.x_TI = poisoned(torch.zeros(tokens, self.in_features, dtype=dtype))
+        self.y_TO = poisoned(torch.zeros(tokens, self.out_features, dtype=dtype))
+        self.graphs = {}
+        for padded in captured:
+            with capture() as self.graphs[padded]:
+                add_rows_split(self.x_TI[:padded], self.y_TO[:padded], self.table.layers[1], self.step)
+
+    def check(self, active: ActiveRows, weights: TokenWeights, padded: int) -> None:
+        """One step: new inputs, new tables, a replay; what the reference says, and nothing else."""
+        tokens = len(weights.weight_TA)
+        self.x_TI[:] = torch.randn(self.x_TI.shape) / self.in_features**0.5
+        self.y_TO[:] = torch.randn(self.y_TO.shape)
+        self.x_TI[tokens:], self.y_TO[tokens:] = float("nan"), 7.0  # padding, as its last step left it
+        y_TO = self.y_TO.clone()
+        nothing = AbilityRows(torch.empty(0, dtype=torch.int32), torch.empty(0, self.in_features, dtype=self.dtype))
+        other = [ModelRows.of([nothing, ability, nothing], [self.out_features] * 3) for ability in active.abilities]
+        self.table.fill(other)
+        self.step.fill(weights if weights.weight_TA.any() else None)
+
+        def replay(x_TI: torch.Tensor, got_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
+            self.graphs[padded].replay()
+            got_TO.copy_(self.y_TO[:tokens])
+
+        compare(replay, self.x_TI[:tokens], y_TO[:tokens], active, weights)
+        assert torch.equal(self.y_TO[tokens:], y_TO[tokens:]), "padding tokens"
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [((33, 17), torch.float32), ((2100, 40), torch.bfloat16), ((16, 1100), torch.float32)], ids=str
+)
+def test_a_captured_graph_replays_whatever_the_tables_hold(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Random traffic: the launches are those of an idle capture; only buffers change, and none of them moves."""
+    rng = random.Random(0)
+    captured = [1, 8, 24, CAPACITY["tokens"]]
+    replayed = Replayed(size, dtype, captured)
+    counts = [rng.randint(1, size[1]) for _ in range(6)] + [0, size[1]]
+    pool = on_device(abilities_of(counts, *size, dtype, bias=True)).abilities
+    for number in range(16):
+        active = ActiveRows(rng.sample(pool, rng.randint(1, len(pool))))
+        tokens = rng.randint(1, CAPACITY["tokens"])
+        mix = ["composed", "zipf", "idle", "distinct"][number % 4]
+        weights = few_abilities(mix, tokens, len(active.abilities), CAPACITY["uses_per_token"])
+        replayed.check(active, weights, padded=min(size for size in captured if size >= tokens))
+
+
+def test_the_fullest_step_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens with as many abilities as they may have, more blocks than programs, every ability in use."""
+    monkeypatch.setattr(triton_impl, "MAX_BLOCK_PROGRAMS", 2)
+    monkeypatch.setattr(triton_impl, "MAX_PROGRAMS", 4)
+    tokens, abilities, most = CAPACITY.values()
+    replayed = Replayed((33, 50), torch.float32, [tokens])
+    weight_TA = np.zeros((tokens, abilities), dtype=np.float32)
+    for token in range(tokens):
+        weight_TA[token, (token * most + np.arange(most)) % abilities] = 1 + token
+    active = on_device(abilities_of([50] * abilities, 33, 50, torch.float32, bias=False))
+    replayed.check(active, TokenWeights(weight_TA), padded=tokens)
+    weight_TA[0] = 1
+    with pytest.raises(ValueError, match="in a table for"):
+        replayed.step.fill(TokenWeights(weight_TA))
+
+
+def test_launches_do_not_depend_on_what_the_step_is() -> None:
+    """Grid, addresses and every other argument: a graph that was captured in any step serves all."""
+    replayed = Replayed((2100, 40), torch.float32, [24])
+    signatures = [replayed.graphs[24].signature]
+    for counts, tokens in [([40], 24), ([1, 7, 30, 0], 3), ([40] * 12, 20)]:
+        active = on_device(abilities_of(counts, 2100, 40, torch.float32, bias=False))
+        replayed.table.fill([ModelRows.of([ability] * 3, [40] * 3) for ability in active.abilities])
+        replayed.step.fill(few_abilities("composed", tokens, len(counts), 3))
+        with capture(execute=True) as graph:
+            add_rows_split(replayed.x_TI[:24], replayed.y_TO[:24], replayed.table.layers[1], replayed.step)
+        signatures.append(graph.signature)
+    assert [len(signature) for signature in signatures] == [2] * 4
+    assert all(signature == signatures[0] for signature in signatures)
 
 
 def test_the_check_before_use_sees_a_kernel_that_is_wrong() -> None:

@@ -16,9 +16,9 @@ def assembly(kernel: Any, capability: int, element: str, constants: dict[str, An
     """Compiled for arguments that are multiples of 16, as those of real layers."""
     kinds = dict.fromkeys(kernel.arg_names, "i32")
     kinds |= {"x_TI": f"*{element}", "y_TO": f"*{element}", "scratch_SUN": "*fp32", "address_AC": "*i64"}
-    kinds |= {"ability_B": "*i32", "token_U": "*i32", "weight_U": "*fp32", "place_TR": "*i32"}
+    kinds |= dict.fromkeys(("blocks_1", "ability_B", "use_P", "ability_U"), "*i32") | {"weight_U": "*fp32"}
     kinds |= dict.fromkeys(constants, "constexpr")
-    free = ("first_block", "uses_per_token", *constants)
+    free = ("first_block", "blocks", "address_stride", "uses_per_token", *constants)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in free}
     signature = {name: kinds[name] for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants, aligned)
@@ -33,7 +33,7 @@ def main() -> None:
     for direct, uses, rows, features in sizes:
         constants = {"direct": direct, "block_uses": uses, "block_rows": rows, "block_features": features}
         print(assembly(triton_impl._products, capability, element, {**constants, "interpreted": False}))
-    constants = {"splits": 4, "block_uses": 16, "block_columns": 1024}
+    constants = {"splits": 4, "block_columns": 1024}
     print(assembly(triton_impl._scatter, capability, element, constants))
 
 

@@ -64,7 +64,7 @@ def test_settings_from_text_as_serve_run_gives_them() -> None:
         ({"default_abilities": "a b"}, "none, auto or a composition"),
         ({"engine_args": "{"}, "'engine_args': give .* as a JSON object"),
         ({"engine_args": "[1]"}, "as a JSON object"),
-        ({"engine_args": {"additional_config": {}}}, "use the settings store and max_resident_bytes"),
+        ({"engine_args": {"additional_config": {}}}, "use the settings store, max_resident_bytes and"),
         ({"engine_args": {"max-loras": 4}}, "use the setting max_num_seqs"),
         ({"engine_args": {"worker_cls": "x"}}, "act-serve sets it itself"),
         ({"engine_args": {"model": "x"}}, "setting of its own"),
