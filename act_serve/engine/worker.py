@@ -30,7 +30,7 @@ from act_serve.engine.settings import (
 from act_serve.errors import ActServeError, EngineError
 
 if TYPE_CHECKING:
-    from vllm.config import CompilationConfig, ParallelConfig, VllmConfig
+    from vllm.config import CompilationConfig, VllmConfig
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 elif current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -47,7 +47,7 @@ class AbilityWorker(_Worker):
         Raises:
             EngineError: LoRA is not enabled, or a step's tokens would not all come to one forward pass.
         """
-        check_whole_steps(self.parallel_config)
+        check_whole_steps(self.vllm_config)
         compile_on_cpu(self.vllm_config.compilation_config)
         options = mark_compiled_model(self.vllm_config)
         self.graph_limits = GraphLimits.of(
@@ -123,16 +123,18 @@ class AbilityWorker(_Worker):
             return False, type(exc).__name__, str(exc)
 
 
-def check_whole_steps(config: ParallelConfig) -> None:
-    """Refuses what splits a step's tokens: every token is known by its number in the whole step.
+def check_whole_steps(config: VllmConfig) -> None:
+    """Refuses what has a layer see a part of the step's tokens: every token is known by its number in the whole step.
 
     Raises:
-        EngineError: microbatches or prefill context parallelism are on.
+        EngineError: microbatches, prefill context parallelism or fast prefill are on.
     """
-    if config.use_ubatching:
+    if config.parallel_config.use_ubatching:
         raise EngineError("abilities do not run with microbatches; leave --enable-dbo and --ubatch-size out")
-    if config.prefill_context_parallel_size > 1:
+    if config.parallel_config.prefill_context_parallel_size > 1:
         raise EngineError("abilities do not run with prefill context parallelism; set its size to 1")
+    if config.cache_config.kv_sharing_fast_prefill:
+        raise EngineError("abilities do not run with fast prefill; leave --kv-sharing-fast-prefill out")
 
 
 def mark_compiled_model(config: VllmConfig) -> dict[str, Any]:
