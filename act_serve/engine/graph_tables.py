@@ -109,13 +109,17 @@ class GraphTables:
             self.step.fill(None)
             self._idle = True
 
+    def reset(self) -> None:
+        """As :meth:`clear`, whatever the buffers hold: vLLM's sleep mode may have dropped what is in them."""
+        self.step.fill(None)
+        self._rows.fill(())
+        self._idle, self._abilities = True, ()
+
     def forget(self, key: AbilityKey) -> None:
         """Drops an ability's rows, which no step may use from now on."""
         self._known.pop(key, None)
         if key in self._abilities:  # else its tensors would live on here
-            self.clear()
-            self._abilities = ()
-            self._rows.fill(())
+            self.reset()
 
     def _fill_rows(self, abilities: tuple[AbilityKey, ...]) -> None:
         for key in abilities:

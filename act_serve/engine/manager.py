@@ -240,7 +240,7 @@ class AbilityManager:
         """Empties the tables, and has the next step fill them again even where its tokens are the last one's."""
         self._batch.clear()
         if self._graphs is not None:
-            self._graphs.clear()
+            self._graphs.reset()
         self._last_mapping = None
 
     def _delta_layer(self, name: str, add_rows: AddRows) -> DeltaLayer:

@@ -57,6 +57,10 @@ Step = Sequence[tuple[str, int]]
 class Seam(Protocol):
     """One of vLLM's two ways to tell the manager of a step and to choose its graph."""
 
+    lora_config: LoRAConfig | None
+
+    def maybe_remove_all_loras(self, lora_config: LoRAConfig | None) -> None: ...
+
     def captures(self) -> Iterator[tuple[object, int, AbstractContextManager[None]]]:
         """Every graph, its padded tokens, and the context that its capture runs in."""
         ...
@@ -280,6 +284,19 @@ def test_what_was_evicted_is_gone_from_the_graphs_and_comes_back_where_it_is_now
         for graph in graphs:
             graph.replay()
         assert all(torch.equal(*pair) for pair in zip(bench.model.y, before, strict=True))
+
+
+def test_buffers_that_lost_their_content_are_filled_again(bench: Bench) -> None:
+    """vLLM forgets all adapters when weights come back after a sleep (``reset_lora_state``)."""
+    tables = bench.manager._graphs
+    assert tables is not None
+    for text in ("r1+r2", "r1+r2", ""):
+        bench.step([(text, 3)])
+        tables.step._buffer.fill_(12345)
+        tables._rows._address_ALC.fill_(12345)
+        bench.seam.maybe_remove_all_loras(bench.seam.lora_config)
+        for graph in bench.graphs.values():
+            graph.replay()
 
 
 def test_what_no_table_has_room_for_is_refused(bench: Bench) -> None:

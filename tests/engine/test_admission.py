@@ -111,6 +111,15 @@ async def test_where_the_workers_read_the_tensors_admission_does_not(store: Stor
         await light.pin(Composition.parse("fr"))
 
 
+async def test_more_abilities_than_the_engine_has_room_for_are_refused(store: Store, tiny_llama: Path) -> None:
+    publish_random(store, tiny_llama, "math", seed=3)
+    limited = Admission(store, fingerprint_model(tiny_llama), most_abilities=1)
+    assert (await limited.pin(Composition.parse("fr"))).pinned
+    with pytest.raises(RequestError, match="at most 1; use fewer") as refused:
+        await limited.pin(Composition.parse("fr+math"))
+    assert refused.value.http_status == 400
+
+
 def test_model_names() -> None:
     assert split_model("smol:fr*0.5", ["smol"]) == Composition.parse("fr*0.5")
     assert split_model("smol:", ["smol"]) == Composition()

@@ -1,0 +1,78 @@
+"""What the worker makes of vLLM's settings before it loads a model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
+
+from act_serve.engine.batch import BatchTable
+from act_serve.engine.graph_limits import GraphLimits
+from act_serve.engine.graph_tables import GraphDeltaLayer, GraphTables
+from act_serve.engine.worker import check_whole_steps, mark_compiled_model
+from act_serve.errors import EngineError
+from act_serve.kernels.torch_impl import add_rows_torch
+
+
+def with_graphs(tokens: int, max_num_seqs: int) -> VllmConfig:
+    config = VllmConfig()
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config.compilation_config.max_cudagraph_capture_size = tokens
+    config.scheduler_config.max_num_seqs = max_num_seqs
+    return config
+
+
+@pytest.mark.parametrize(("tokens", "max_num_seqs", "abilities"), [(512, 64, 512), (8, 64, 64)])
+def test_the_tables_have_room_for_every_step_of_the_largest_graph(
+    tokens: int, max_num_seqs: int, abilities: int
+) -> None:
+    limits = GraphLimits.of(with_graphs(tokens, max_num_seqs), 8)
+    assert limits is not None
+    assert (limits.tokens, limits.abilities) == (tokens, abilities)
+
+
+def test_without_graphs_there_are_no_limits() -> None:
+    config = VllmConfig()
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE  # as vLLM has it on CPUs
+    assert GraphLimits.of(config, 8) is None
+    with pytest.raises(EngineError, match="must be at least 1"):
+        GraphLimits.of(with_graphs(8, 8), 0)
+
+
+def test_a_kernel_that_reads_the_step_on_the_host_is_refused_in_graphs() -> None:
+    tables = GraphTables(GraphLimits(8, 8, 2))
+    with pytest.raises(EngineError, match="only with the Triton kernel"):
+        GraphDeltaLayer("layer", BatchTable(), add_rows_torch, tables)
+
+
+@pytest.mark.parametrize("option", ["enable_dbo", "prefill_context_parallel_size", "kv_sharing_fast_prefill"])
+def test_what_splits_a_steps_tokens_is_refused(option: str) -> None:
+    config = VllmConfig()
+    check_whole_steps(config)
+    section = config.cache_config if option == "kv_sharing_fast_prefill" else config.parallel_config
+    setattr(section, option, 2 if option.endswith("size") else True)
+    with pytest.raises(EngineError, match="abilities do not run with"):
+        check_whole_steps(config)
+
+
+def test_compiled_models_are_kept_apart_from_those_of_other_workers() -> None:
+    config, other = VllmConfig(), VllmConfig()
+    assert config.compute_hash() == other.compute_hash()
+    config.additional_config = {"act_serve": {"store": "s"}, "another": 1}
+    other.additional_config = dict(config.additional_config)
+    assert mark_compiled_model(config) == {"store": "s"}
+    assert config.compute_hash() != other.compute_hash()
+    assert config.additional_config["another"] == 1
+    assert config.additional_config["act_serve"]["store"] == "s"
+
+
+def test_only_steps_with_adapters_have_layers_launch_their_kernels() -> None:
+    """Layers do nothing where a step has no weights; the made-up adapters of a capture give it some, of no token."""
+    batch = BatchTable()
+    tables = GraphTables(GraphLimits(8, 8, 2))
+    tables.serve(torch.device("cpu"), [], [])
+    tables.prepare(batch)
+    assert batch.weights is None
+    tables.prepare(batch, made_up=True)
+    assert batch.weights is not None
+    assert not batch.weights.weight_TA.size
