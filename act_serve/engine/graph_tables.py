@@ -160,7 +160,7 @@ class GraphDeltaLayer(DeltaLayer):
         step = self._tables.step
         if len(weights.weight_TA) <= len(x_TI) <= step.tokens:
             self._add_rows_from(x_TI, y_TO, self.rows, step)
-        elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        elif x_TI.is_cuda and torch.cuda.is_current_stream_capturing():
             raise EngineError(f"{self.name}: a CUDA graph of {len(x_TI)} tokens, where at most {step.tokens} are known")
         elif weights.weight_TA.size:
             super().add(x_TI, y_TO)

@@ -50,9 +50,8 @@ class AbilityWorker(_Worker):
         check_whole_steps(self.vllm_config)
         compile_on_cpu(self.vllm_config.compilation_config)
         options = mark_compiled_model(self.vllm_config)
-        self.graph_limits = GraphLimits.of(
-            self.vllm_config, int(options.get("abilities_per_request") or DEFAULT_ABILITIES_PER_REQUEST)
-        )
+        most = int(options.get("abilities_per_request", DEFAULT_ABILITIES_PER_REQUEST))
+        self.graph_limits = GraphLimits.of(self.vllm_config, most)
         store = options.get("store") or os.environ.get(STORE_ENV)
         budget = options.get("max_resident_bytes") or os.environ.get(RESIDENT_ENV)
         self.ability_manager = AbilityManager(

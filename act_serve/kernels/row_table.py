@@ -14,6 +14,9 @@ from act_serve.kernels.to_device import copy_in_order
 
 # Columns of the table.
 ROWS, DELTA, BIAS, COUNT, PLACES, COLUMNS = 0, 1, 2, 3, 4, 5
+# One column more where layers lie side by side, so that each starts at a multiple of 16 bytes, which Triton asks of
+# every address: else it compiles once more.
+_PITCH = COLUMNS + 1
 # Kernels read rows 16 bytes at a time.
 ALIGNMENT = 16
 
@@ -84,7 +87,7 @@ class ModelRows:
     """Where one ability's rows lie in every layer.
 
     Attributes:
-        address_LC: ``[L, 5]`` int64 on the host.
+        address_LC: ``[L, 6]`` int64 on the host; the last column is padding.
         kept: what lies there.
     """
 
@@ -99,8 +102,10 @@ class ModelRows:
             ValueError: rows that are not aligned.
         """
         places = [placed(*layer) for layer in zip(rows, out_features, strict=True)]
-        entries = [entry(*layer) for layer in zip(rows, places, strict=True)]
-        return cls(np.array(entries, dtype=np.int64).reshape(-1, COLUMNS), (tuple(rows), places))
+        address_LC = np.zeros((len(rows), _PITCH), dtype=np.int64)
+        for number, layer in enumerate(zip(rows, places, strict=True)):
+            address_LC[number, :COLUMNS] = entry(*layer)
+        return cls(address_LC, (tuple(rows), places))
 
 
 class ModelRowTable:
@@ -119,9 +124,10 @@ class ModelRowTable:
     """
 
     def __init__(self, device: torch.device, *, abilities: int, out_features: Sequence[int]) -> None:
-        self._address_ALC = torch.zeros(abilities, len(out_features), COLUMNS, dtype=torch.int64, device=device)
+        self._address_ALC = torch.zeros(abilities, len(out_features), _PITCH, dtype=torch.int64, device=device)
         self.layers = [
-            LayerRows(self._address_ALC[:, number], most_rows) for number, most_rows in enumerate(out_features)
+            LayerRows(self._address_ALC[:, number, :COLUMNS], most_rows)
+            for number, most_rows in enumerate(out_features)
         ]
         self._kept: tuple[ModelRows, ...] = ()
 

@@ -55,9 +55,13 @@ class StepTable:
         uses, groups = tokens * uses_per_token, abilities * (uses_per_token if by_rounds else 1)
         # Every group wastes less than a block, and a group needs a use.
         blocks = uses // block + min(uses, groups)
-        self._sizes = [1, blocks, blocks * block, uses, uses]
-        self._buffer = torch.from_numpy(self._empty()).to(device)
-        self.blocks_1, self.ability_B, self.use_P, self.ability_U, weight_U = self._buffer.split(self._sizes)
+        sizes = [1, blocks, blocks * block, uses, uses]
+        # Each part starts at a multiple of 16 bytes, which Triton asks of every address: else it compiles once more.
+        self._sizes = [-(-size // 4) * 4 for size in sizes]
+        self._buffer = torch.full((sum(self._sizes),), -1, dtype=torch.int32, device=device)
+        self._buffer[0] = 0
+        parts = [part[:size] for part, size in zip(self._buffer.split(self._sizes), sizes, strict=True)]
+        self.blocks_1, self.ability_B, self.use_P, self.ability_U, weight_U = parts
         self.weight_U = weight_U.view(torch.float32)
         self.rounds: tuple[tuple[int, int], ...] = ()
 

@@ -209,6 +209,13 @@ class Bench:
             assert torch.equal(y_TO[tokens:], expected[tokens:]), "padding tokens"
         return of is not None
 
+    def check_graphs_add_nothing(self) -> None:
+        """Whichever graph ran now, the outputs would stay as they are."""
+        before = [y_TO.clone() for y_TO in self.model.y]
+        for graph in self.graphs.values():
+            graph.replay()
+        assert all(torch.equal(*pair) for pair in zip(self.model.y, before, strict=True))
+
     def _apply(self, method: DeltaLinearMethod, x_TI: torch.Tensor, y_TO: torch.Tensor, step: Step) -> None:
         start = 0
         for text, count in step:
@@ -271,8 +278,14 @@ def test_random_traffic_equals_the_reference(bench: Bench) -> None:
     assert {of: graph.signature for of, graph in bench.graphs.items()} == signatures
 
 
+@pytest.mark.parametrize("step", [[("", 1), ("", 2)], [("r1", SIZES[-1] + 1)]], ids=["of the base", "without a graph"])
+def test_steps_that_graphs_with_adapters_do_not_run_leave_nothing_in_them(bench: Bench, step: Step) -> None:
+    assert bench.step([("r0+r1", 3)])
+    bench.step(step)
+    bench.check_graphs_add_nothing()
+
+
 def test_what_was_evicted_is_gone_from_the_graphs_and_comes_back_where_it_is_now(bench: Bench) -> None:
-    graphs = [graph for of, graph in bench.graphs.items() if graph.launches]
     for text in ("r1", "r1", "r3", "r1"):
         assert bench.step([(text, 2), ("", 1)])
         (ability,) = pinned(bench.store, text).abilities
@@ -280,10 +293,7 @@ def test_what_was_evicted_is_gone_from_the_graphs_and_comes_back_where_it_is_now
         rows = [weakref.ref(method.delta_layer.resident[key].delta_NI) for _, method in bench.model.layers]
         bench.manager.evict(key)
         assert not any(row() is not None for row in rows), "held by the tables"
-        before = [y_TO.clone() for y_TO in bench.model.y]
-        for graph in graphs:
-            graph.replay()
-        assert all(torch.equal(*pair) for pair in zip(bench.model.y, before, strict=True))
+        bench.check_graphs_add_nothing()
 
 
 def test_buffers_that_lost_their_content_are_filled_again(bench: Bench) -> None:
@@ -295,8 +305,7 @@ def test_buffers_that_lost_their_content_are_filled_again(bench: Bench) -> None:
         tables.step._buffer.fill_(12345)
         tables._rows._address_ALC.fill_(12345)
         bench.seam.maybe_remove_all_loras(bench.seam.lora_config)
-        for graph in bench.graphs.values():
-            graph.replay()
+        bench.check_graphs_add_nothing()
 
 
 def test_what_no_table_has_room_for_is_refused(bench: Bench) -> None:

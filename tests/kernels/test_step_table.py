@@ -69,5 +69,15 @@ def test_rows_beyond_the_capacity_or_unaligned_are_refused() -> None:
         ModelRowTable(CPU, abilities=1, out_features=[8]).fill([ModelRows.of(one.abilities, [8])] * 2)
 
 
+@pytest.mark.parametrize(("tokens", "abilities", "most"), [(1, 1, 1), (7, 5, 3), (12, 9, 2)])
+def test_everything_starts_at_a_multiple_of_16_bytes(tokens: int, abilities: int, most: int) -> None:
+    """Triton compiles a kernel once for addresses that do, and once more for others."""
+    step = StepTable(CPU, tokens=tokens, abilities=abilities, uses_per_token=most, block=16)
+    table = ModelRowTable(CPU, abilities=abilities, out_features=[8] * tokens)
+    parts = [step.blocks_1, step.ability_B, step.use_P, step.ability_U, step.weight_U]
+    parts += [layer.address_AC for layer in table.layers]
+    assert not any(part.data_ptr() % 16 for part in parts)
+
+
 def test_places_invert_the_rows() -> None:
     assert places_of(torch.tensor([1, 4], dtype=torch.int32), 6).tolist() == [-1, 0, -1, -1, 1, -1]
