@@ -1,7 +1,7 @@
 """How differently two models activate each channel on the same text (arXiv 2601.09398, section 3.1).
 
 Models are watched whole (`watch_models`) or layer by layer (`act_serve.models.layerwise`); what is summed is the same.
-Shapes: N answer positions of a batch, O channels of a module, I its inputs.
+Shapes: N answer positions of a batch, O channels of a module, U what its channels read.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from act_serve.delta.channels import LM_HEAD
 from act_serve.errors import DataError, ModelError
+from act_serve.models.channel_products import channel_inputs, products
 from act_serve.models.examples import Batch
 
 # What the modules of each model gave on one batch, by module name; all modules at once or those of one layer.
@@ -21,7 +23,7 @@ Seen = tuple[dict[str, Tensor], ...]
 def watch_models(
     models: Sequence[Any], batches: Iterable[Batch], modules: Sequence[str], *, inputs: bool = False
 ) -> Iterator[Seen]:
-    """Yields, batch by batch, each model's outputs `[N, O]` (or `inputs`, `[N, I]`) at the answer positions."""
+    """Yields, batch by batch, each model's outputs `[N, O]` (or `inputs`, `[N, U]`) at the answer positions."""
     for batch in batches:
         yield tuple(_seen(model, batch, modules, inputs) for model in models)
 
@@ -57,12 +59,13 @@ def row_effects(
 ) -> dict[str, Tensor]:
     """Mean over the pooled answer positions of |ΔW·x|, float64 `[O]` per module; raises as above.
 
-    `watched` shows the inputs x of one model; `difference` gives a module's ΔW, float32 `[O, I]`, and is asked for
+    `watched` shows the inputs of one model; `difference` gives a module's ΔW, float32 `[O, I]`, and is asked for
     one at a time.
     """
 
-    def effect(name: str, inputs_NI: Tensor) -> Tensor:
-        return (inputs_NI.float() @ difference(name).to(inputs_NI.device).T).double()
+    def effect(name: str, inputs_NU: Tensor) -> Tensor:
+        inputs = inputs_NU.float() if inputs_NU.is_floating_point() else inputs_NU
+        return products(name, inputs, difference(name).to(inputs.device), slice(None)).double()
 
     values = ((name, effect(name, found)) for (seen,) in watched for name, found in seen.items())
     return _mean_magnitudes(batches, values, channels)
@@ -74,8 +77,8 @@ def recording(modules: Mapping[str, nn.Module], predicts_BT: Tensor, *, inputs: 
     seen: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
-        def keep(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = (arguments[0] if inputs else output)[predicts_BT]
+        def keep(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = channel_inputs(name, module, arguments[0][predicts_BT]) if inputs else output[predicts_BT]
 
         return keep
 
@@ -96,7 +99,10 @@ def _mean_magnitudes(
     # All made before the first large tensor comes and goes: among those, they would leave gaps that those don't fit in.
     sums = {name: torch.zeros(count, dtype=torch.float64) for name, count in channels.items()}
     for name, values_NO in values:
-        sums[name] += values_NO.abs().sum(0).cpu()
+        sizes = values_NO.abs()
+        if sizes.dim() > 2:  # a norm of heads has its channels once per head
+            sizes = sizes.flatten(1, -2).mean(1)
+        sums[name] += sizes.sum(0).cpu()
     for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise ModelError(f"{name} gives NaN or infinite activations; one of the two models is damaged")
@@ -105,7 +111,11 @@ def _mean_magnitudes(
 
 def _seen(model: Any, batch: Batch, modules: Sequence[str], inputs: bool) -> dict[str, Tensor]:
     device = next(model.parameters()).device
-    hooked = {name: model.get_submodule(name) for name in modules}
-    with torch.no_grad(), recording(hooked, batch.predicts_BT.to(device), inputs=inputs) as seen:
-        model.get_decoder()(input_ids=batch.ids_BT.to(device), attention_mask=batch.mask_BT.to(device))
+    hooked = {name: model.get_submodule(name) for name in modules if name != LM_HEAD}
+    predicts_BT = batch.predicts_BT.to(device)
+    with torch.no_grad(), recording(hooked, predicts_BT, inputs=inputs) as seen:
+        done = model.get_decoder()(input_ids=batch.ids_BT.to(device), attention_mask=batch.mask_BT.to(device))
+        if LM_HEAD in modules:  # of the answer positions alone: logits of all would be the largest tensor by far
+            hidden_NH = done.last_hidden_state[predicts_BT]
+            seen[LM_HEAD] = hidden_NH if inputs else model.get_output_embeddings()(hidden_NH)
     return seen

@@ -2,14 +2,17 @@
 
 Llama- and Qwen-family decoders share one layout: seven linear modules in each of `num_hidden_layers` layers.
 A channel is one output dimension of such a module: a row of its weight matrix, with its bias entry where it has one.
+Norms, lm_head and the embedding hold channels, too (`act_serve.delta.channels`), and are listed where asked for.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from act_serve.delta.channels import EMBEDDING, LM_HEAD, kind_of
 from act_serve.errors import ModelError
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -22,23 +25,27 @@ PROJECTIONS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_WITH_HEAD_NORMS = frozenset({"qwen3"})
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _NAME = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelModule:
-    """A linear module of `out_features` channels, each a row of `in_features` weights."""
+    """A module of `out_features` channels, each a row of `in_features` weights."""
 
     name: str
     out_features: int
     in_features: int
 
 
-def channel_modules(folder: Path) -> list[ChannelModule]:
+def channel_modules(folder: Path, include: Sequence[str] = ()) -> list[ChannelModule]:
     """Lists the modules of the model in `folder` that hold channels, layer by layer, from its config alone.
 
-    Raises ModelError for a family whose layout is not known, and for a mixture of experts.
+    These are the linear ones, and of `act_serve.delta.channels.OUTSIDE` the kinds that `include` names. Raises
+    ModelError for a family whose layout is not known, and for a mixture of experts.
     """
     config = read_config(folder)
     family = config.get("model_type")
@@ -49,11 +56,10 @@ def channel_modules(folder: Path) -> list[ChannelModule]:
         )
     if family not in FAMILIES:
         raise ModelError(f"{folder}: model family {family!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
-    return [
-        ChannelModule(f"model.layers.{layer}.{name}", *_shape(name, config))
-        for layer in range(config["num_hidden_layers"])
-        for name in PROJECTIONS
-    ]
+    in_layer = (*PROJECTIONS, *_NORMS, *(_HEAD_NORMS if family in _WITH_HEAD_NORMS else ()))
+    layers = (f"model.layers.{layer}.{name}" for layer in range(config["num_hidden_layers"]) for name in in_layer)
+    names = (EMBEDDING, *layers, "model.norm", LM_HEAD)
+    return [ChannelModule(name, *_shape(name, config)) for name in names if kind_of(name) in ("linear", *include)]
 
 
 def layer_and_projection(name: str) -> tuple[int, str]:
@@ -82,5 +88,9 @@ def _shape(name: str, config: dict[str, Any]) -> tuple[int, int]:
     queries, keys = heads * size, (config.get("num_key_value_heads") or heads) * size
     shapes = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
     shapes |= {"o_proj": (hidden, queries), "gate_proj": (inner, hidden), "up_proj": (inner, hidden)}
-    shapes |= {"down_proj": (hidden, inner)}
+    shapes |= {"down_proj": (hidden, inner), "q_norm": (size, 1), "k_norm": (size, 1)}
+    shapes |= dict.fromkeys((*_NORMS, "norm"), (hidden, 1))
+    if kind_of(name) in ("lm_head", "embedding"):
+        vocabulary = config["vocab_size"]
+        shapes |= {"lm_head": (vocabulary, hidden), "embed_tokens": (hidden, vocabulary)}
     return shapes[name.rsplit(".", 1)[-1]]

@@ -91,6 +91,16 @@ def load_model(folder: Path, *, dtype: str | None = None) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
 
 
+def untie(model: Any) -> Any:
+    """Gives a model's lm_head a weight of its own where it shares the embedding's, and returns the model."""
+    import torch
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    return model
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Loads the tokenizer of `folder`; raises ModelError when there is none."""
     from transformers import AutoTokenizer

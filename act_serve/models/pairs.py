@@ -1,6 +1,6 @@
 """Checks that two models are close enough for rows of one to fit into the other."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,11 @@ _SAME = (
 )
 
 
-def check_pair(base: Path, source: Path) -> None:
-    """Raises PairMismatchError, saying what differs, unless both share architecture, shapes and tokenizer."""
+def check_pair(base: Path, source: Path, include: Sequence[str] = ()) -> None:
+    """Raises PairMismatchError, saying what differs, unless both share architecture, shapes and tokenizer.
+
+    The shapes are those of the modules that hold channels, `include` as for `channel_modules`.
+    """
     left, right = read_config(base), read_config(source)
     for field in _SAME:
         mine, other = _value(left, field), _value(right, field)
@@ -35,7 +38,7 @@ def check_pair(base: Path, source: Path) -> None:
                 f"base and ability model differ in {field}: {mine!r} in {base}, {other!r} in "
                 f"{source}; a delta needs two models of one architecture"
             )
-    _check_shapes(base, source)
+    _check_shapes(base, source, include)
     _check_tokenizers(base, source)
 
 
@@ -65,11 +68,12 @@ def _check_tokenizers(base: Path, source: Path) -> None:
         )
 
 
-def _check_shapes(base: Path, source: Path) -> None:
+def _check_shapes(base: Path, source: Path, include: Sequence[str]) -> None:
     with open_rows(base) as left, open_rows(source) as right:
-        for module in channel_modules(base):
-            name = f"{module.name}.weight"
+        for module in channel_modules(base, include):
             expected = (module.out_features, module.in_features)
-            for folder, shape in ((base, left.shape(name)), (source, right.shape(name))):
-                if shape != expected:
-                    raise PairMismatchError(f"{name} has shape {shape} in {folder}; its config says {expected}")
+            for folder, reader in ((base, left), (source, right)):
+                if (shape := reader.matrix_shape(module.name)) != expected:
+                    raise PairMismatchError(
+                        f"{module.name}.weight has shape {shape} in {folder}; its config says {expected}"
+                    )

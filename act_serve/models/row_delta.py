@@ -1,6 +1,6 @@
 """Deltas on a frozen model, as served, trainable.
 
-Shapes: B items, T tokens, O output channels, I inputs, K rows.
+Shapes: B items, T tokens, O output channels, I inputs, K rows, U what the module's channels read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,17 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
 
 from act_serve.delta.artifact import ModuleDelta
-
-# Rows are multiplied in groups of so many, the last one filled up with zeros, for the reason that
-# `models.examples.LENGTH_MULTIPLE` has: every module has another number of rows.
-ROWS_MULTIPLE = 16
+from act_serve.models.channel_products import channel_inputs, products
 
 
 class RowDeltas:
-    """Adds `y_BTO[..., rows_K] += weight · (x_BTI · delta_KIᵀ + bias_K)`, as serving does, to a model's outputs.
+    """Adds `y_BTO[..., rows_K] += weight · (u_BTU · delta_KIᵀ + bias_K)`, as serving does, to a model's outputs.
 
     Use `attached` as a context; while `on` is False the deltas are left out, which gives the base model again. The
     deltas are float32 parameters and are rounded to the model's dtype where they are applied.
@@ -68,15 +64,15 @@ class RowDeltas:
             self.on = True
 
     def _hook(self, name: str) -> Any:
-        bias_K, rows_K = self._given[name].bias_delta, self._rows[name]
-        missing = -len(rows_K) % ROWS_MULTIPLE
+        bias_K = self._given[name].bias_delta
 
-        def add_rows(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def add_rows(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not self.on:
                 return output
-            delta_KI = pad(self._trained[name].to(output.device, output.dtype), (0, 0, 0, missing))
-            bias = None if bias_K is None else pad(bias_K.to(output.device, output.dtype), (0, missing))
-            added_BTK = linear(inputs[0], delta_KI, bias)[..., : len(rows_K)]
-            return torch.index_add(output, -1, rows_K.to(output.device), added_BTK, alpha=self._weight)
+            delta_KI = self._trained[name].to(output.device, output.dtype)
+            bias = None if bias_K is None else bias_K.to(output.device, output.dtype)
+            rows_K = self._rows[name].to(output.device)
+            added_BTK = products(name, channel_inputs(name, module, inputs[0]), delta_KI, rows_K, bias)
+            return torch.index_add(output, -1, rows_K, added_BTK, alpha=self._weight)
 
         return add_rows

@@ -10,9 +10,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from act_serve.delta.channels import EMBEDDING, kind_of
 from act_serve.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
+
+
+def as_rows(module: str, weight: Tensor) -> Tensor:
+    """A module's stored weight as `[O, I]`, a row per channel; a view, so that what is written there is written."""
+    kind = kind_of(module)
+    if kind == "norms":
+        return weight[:, None]
+    return weight.t() if kind == "embedding" else weight
+
+
+def weight_names(module: str) -> list[str]:
+    """Tensors that may hold the module's weight; the first that there is does: a tied lm_head has none of its own."""
+    return [f"{module}.weight", *([f"{EMBEDDING}.weight"] if kind_of(module) == "lm_head" else [])]
 
 
 class RowReader:
@@ -33,6 +47,25 @@ class RowReader:
     def tensor(self, name: str) -> Tensor:
         """The whole tensor `name`; raises ModelError when there is none."""
         return self._shard(name).get_tensor(name)
+
+    def weight_name(self, module: str) -> str:
+        """Name of the tensor that holds the module's weight, or would if it is missing."""
+        names = weight_names(module)
+        return next((name for name in names if name in self._shard_of), names[0])
+
+    def matrix(self, module: str) -> Tensor:
+        """The module's weight, `[O, I]` with a row per channel; raises ModelError when there is none."""
+        return as_rows(module, self.tensor(self.weight_name(module)))
+
+    def matrix_shape(self, module: str) -> tuple[int, ...]:
+        """Shape of `matrix`, without reading it."""
+        return tuple(as_rows(module, torch.empty(self.shape(self.weight_name(module)), device="meta")).shape)
+
+    def channels(self, module: str, rows: Sequence[int]) -> Tensor:
+        """Rows of `matrix`, `[len(rows), I]`, in the order asked for."""
+        if kind_of(module) == "embedding":  # columns of what is stored
+            return self.matrix(module)[list(rows)]
+        return as_rows(module, self.rows(self.weight_name(module), rows))
 
     def rows(self, name: str, rows: Sequence[int]) -> Tensor:
         """Rows of a matrix or entries of a vector, `[len(rows), ...]`, in the order asked for."""

@@ -1,4 +1,4 @@
-"""Turns a budget in channels or bytes into the share of the linear parameters that every ranking spends."""
+"""Turns a budget in channels or bytes into the share of the parameters that every ranking spends."""
 
 from pathlib import Path
 
@@ -29,13 +29,13 @@ def settle_budget(profile: Profile, base: Path) -> Profile:
         return profile
     if profile.search is not None:
         raise ProfileError(f"{profile.name}: a search tries its own shares `search.p`; leave the localize budget out")
-    p = settings.channels or _share_of_bytes(int(settings.bytes or 0), base, profile.stored)
+    modules = channel_modules(base, settings.include)
+    p = settings.channels or _share_of_bytes(int(settings.bytes or 0), base, modules, profile.stored)
     settled = settings.model_copy(update={"p": p, "channels": None, "bytes": None})
     return profile.model_copy(update={"localize": settled})
 
 
-def _share_of_bytes(budget: int, base: Path, stored: Stored) -> float:
-    modules = channel_modules(base)
+def _share_of_bytes(budget: int, base: Path, modules: list[ChannelModule], stored: Stored) -> float:
     with open_rows(base) as reader:
         names = set(reader.names())
     biased = {module.name for module in modules if f"{module.name}.bias" in names}
@@ -46,12 +46,20 @@ def _share_of_bytes(budget: int, base: Path, stored: Stored) -> float:
         bias = _BIAS_BYTES if module.name in biased else 0
         return module.in_features * _VALUE_BYTES[stored] + _ROW_BYTES[stored] + bias
 
+    def price(module: ChannelModule) -> float:
+        return cost(module) / module.in_features
+
     def fits(p: float) -> bool:
         """Whether neither the same share of every module nor any other choice of as many parameters is too large."""
         evenly = sum(round(p * module.out_features) * cost(module) for module in modules)
-        parameters = p * sum(module.out_features * module.in_features for module in modules)
-        dearest = max(cost(module) / module.in_features for module in modules)
-        return max(evenly, parameters * dearest) <= left
+        left_over, dearest = p * sum(module.out_features * module.in_features for module in modules), 0.0
+        for module in by_price:  # the choice that takes most bytes for these parameters
+            spent = min(left_over, module.out_features * module.in_features)
+            dearest += spent * price(module)
+            left_over -= spent
+        return max(evenly, dearest) <= left
+
+    by_price = sorted(modules, key=price, reverse=True)
 
     low, high = 0, _STEPS
     while low < high:

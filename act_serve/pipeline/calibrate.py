@@ -1,5 +1,6 @@
 """Scores the channels of a pair by one ranking."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,17 +15,24 @@ from act_serve.profile.schema import Memory, Ranking
 
 
 def score_channels(
-    ranking: Ranking, *, base: Path, source: Path, examples: list[Example], seed: int = 0, memory: Memory = "auto"
+    ranking: Ranking,
+    *,
+    base: Path,
+    source: Path,
+    examples: list[Example],
+    seed: int = 0,
+    memory: Memory = "auto",
+    include: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Returns what `ranking` ranks by, `[O]` per module name; `localize` chooses from it.
 
-    Raises DataError with too few answer tokens, ModelError for weights, activations or gradients that are not finite,
-    PairMismatchError when the models don't differ at all, BuildError when memory runs out or the ranking can't go
-    layer by layer and is asked to.
+    `include` names kinds of channels beside those of the linear modules. Raises DataError with too few answer tokens,
+    ModelError for weights, activations or gradients that are not finite, PairMismatchError when the models don't differ
+    at all, BuildError when memory runs out or the ranking can't go layer by layer and is asked to.
     """
-    layerwise = memory_use(ranking, memory, base).layerwise
+    layerwise = memory_use(ranking, memory, base, include).layerwise
     try:
-        scores = RANKINGS[ranking].score(Pair(base, source, tuple(examples), seed, layerwise))
+        scores = RANKINGS[ranking].score(Pair(base, source, tuple(examples), seed, layerwise, tuple(include)))
     except (MemoryError, torch.OutOfMemoryError) as exc:
         raise BuildError(f"out of memory while ranking by {ranking}: {_advice(ranking, layerwise)}") from exc
     for name, score in scores.items():
@@ -37,9 +45,9 @@ def score_channels(
     return scores
 
 
-def score_name(ranking: Ranking) -> str:
+def score_name(ranking: Ranking, include: Sequence[str] = ()) -> str:
     """What `ranking` ranks by; rankings with the same score differ in the selection alone and share a stage."""
-    return RANKINGS[ranking].score.__name__
+    return "-".join((RANKINGS[ranking].score.__name__, *include))
 
 
 def _advice(ranking: Ranking, layerwise: bool) -> str:

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from act_serve.delta.artifact import ModuleDelta
+from act_serve.delta.channels import kind_of
+from act_serve.errors import RequestError
 from act_serve.pipeline.new_folder import new_folder
 
 
@@ -23,8 +25,13 @@ def export_peft(
 
     `base` is the base's folder or hub id, for the adapter's config; `channels` gives each module's number of output
     channels. `dtype` is by default bfloat16 where that is exact, else float32. Raises ModelError when `folder` exists
-    already or can't be written.
+    already or can't be written, RequestError when something else than linear modules of the layers changes.
     """
+    if outside := sorted(name for name in deltas if kind_of(name) != "linear"):
+        raise RequestError(
+            f"{outside[0]} changes, and what is written here is a LoRA of the layers' linear modules, which can't hold "
+            "changes of norms, lm_head or the embedding; write the merged checkpoint with --to hf"
+        )
     kept = getattr(torch, dtype) if dtype else _exact(deltas)
     with_bias = any(module.bias_delta is not None and bool(module.bias_delta.any()) for module in deltas.values())
     tensors = {}

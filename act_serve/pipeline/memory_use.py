@@ -1,5 +1,6 @@
 """Decides whether a pair of models is compared whole or layer by layer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,15 +23,16 @@ class MemoryUse:
     what: str
 
 
-def memory_use(ranking: Ranking, memory: Memory, base: Path) -> MemoryUse:
+def memory_use(ranking: Ranking, memory: Memory, base: Path, include: Sequence[str] = ()) -> MemoryUse:
     """What the profile asks for, or with `auto` layer by layer when the pair doesn't fit in free memory.
 
-    With `auto`, a ranking that can't go layer by layer takes the models whole.
+    With `auto`, a ranking that can't go layer by layer takes the models whole; so do channels outside the linear
+    modules, some of which lie in no layer.
     """
     method = RANKINGS[ranking]
     if not method.reads_text:
         return MemoryUse(False, "one tensor of each at a time")
-    if memory != "auto" or not method.layerwise:
+    if memory != "auto" or not method.layerwise or include:
         layerwise = memory == "layerwise"
         return MemoryUse(layerwise, "layer by layer" if layerwise else "both in memory")
     free, needed = free_bytes(), 2 * _HEADROOM * model_bytes(base)

@@ -40,7 +40,8 @@ class Plan:
 
 def make_plan(profile: Profile, base: Path, sample: list[Example]) -> Plan:
     """Plans a build after timing one forward pass of the base on a few examples."""
-    use = memory_use(profile.localize.ranking, profile.localize.memory, base)
+    included = profile.localize.include
+    use = memory_use(profile.localize.ranking, profile.localize.memory, base, included)
     seconds_per_item, whole = _forward_cost(base, sample, use.layerwise), model_bytes(base)
     stages = []
     linear = sum(module.out_features * module.in_features for module in channel_modules(base))
@@ -54,7 +55,7 @@ def make_plan(profile: Profile, base: Path, sample: list[Example]) -> Plan:
     if profile.source.ability is None:
         stages.append(_calibration(profile.localize, use, seconds_per_item))
         shares = " or ".join(f"{p:.1%}" for p in (sorted(search.p) if search else (profile.localize.p,)))
-        ranked = f"{shares} of the linear parameters by {profile.localize.ranking}"
+        ranked = f"{shares} of the {' + '.join(('linear', *included))} parameters by {profile.localize.ranking}"
         stages.append(PlannedStage("localize", ranked, 1.0))
         strengths = " or ".join(f"{strength:g}" for strength in profile.transfer.strengths)
         stages.append(PlannedStage("transfer", f"copy these rows' differences, λ = {strengths}", 1.0))

@@ -11,6 +11,7 @@ from typing import Any
 from act_serve.abilities.changes import add, incoming
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import ModuleDelta, count_modules, entries_of, serialize_modules, write_artifact
+from act_serve.delta.channels import OUTSIDE
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.manifest import EVALUATION_FILE, Localization, Manifest, ModelFingerprint, Score, Stored
 from act_serve.models.families import channel_modules
@@ -103,4 +104,4 @@ def publish_deltas(
 
 def channel_counts(base: Path) -> dict[str, int]:
     """The number of channels of each module of the model in `base` that holds channels."""
-    return {module.name: module.out_features for module in channel_modules(base)}
+    return {module.name: module.out_features for module in channel_modules(base, OUTSIDE)}

@@ -34,7 +34,7 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
     job = Job(settle_budget(profile, base), base, work, screen, company(profile, store, base))
     parent = find_parent(profile.source.ability, store, base) if profile.source.ability else None
     if profile.source.model is not None:
-        check_pair(job.base, resolve_model(profile.source.model))
+        check_pair(job.base, resolve_model(profile.source.model), profile.localize.include)
     _show_plan(job)
     candidate, origin, curve = _continued(job, parent) if parent else _made(job)
     evidence = gather_evidence(candidate, origin, store, curve)

@@ -21,8 +21,10 @@ def transfer(*, base: Path, source: Path, rows: Mapping[str, Tensor], strength: 
 def _difference(left: RowReader, right: RowReader, name: str, rows: Tensor, strength: float) -> ModuleDelta:
     wanted = rows.tolist()
 
-    def scaled(tensor: str) -> Tensor:
-        return strength * (right.rows(tensor, wanted).float() - left.rows(tensor, wanted).float())
+    def scaled(ability: Tensor, base: Tensor) -> Tensor:
+        return strength * (ability.float() - base.float())
 
-    bias = scaled(f"{name}.bias") if f"{name}.bias" in left.names() else None
-    return ModuleDelta(rows, scaled(f"{name}.weight"), bias)
+    bias, biases = f"{name}.bias", None
+    if bias in left.names():
+        biases = scaled(right.rows(bias, wanted), left.rows(bias, wanted))
+    return ModuleDelta(rows, scaled(right.channels(name, wanted), left.channels(name, wanted)), biases)

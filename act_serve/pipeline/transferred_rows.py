@@ -17,8 +17,8 @@ from act_serve.pipeline.transfer import transfer
 def transferred_rows(job: Job, source: Path, source_key: str, calibration: list[Example]) -> Stage:
     """Ranks the channels, takes those that fit the budget, and takes their differences times the first strength."""
     settings = job.profile.localize
-    modules = channel_modules(job.base)
-    score = score_name(settings.ranking)
+    modules = channel_modules(job.base, settings.include)
+    score = score_name(settings.ranking, settings.include)
     pair = {"base": job.base_key, "source": source_key}
 
     def scores(folder: Path, _report: Report) -> None:
@@ -29,6 +29,7 @@ def transferred_rows(job: Job, source: Path, source_key: str, calibration: list[
             examples=calibration,
             seed=job.profile.seed,
             memory=settings.memory,
+            include=settings.include,
         )
         save_tensors(folder, found)
 

@@ -89,10 +89,11 @@ class Source(_Section):
 class Localize(_Section):
     """Which channels are transferred: the best by `ranking`, as many as the budget allows.
 
-    The budget is one of `p`, a share of the linear parameters; `channels`, a share of every module's channels; and
-    `bytes`, the most that the tensors file may take, such as 10MB. Every ranking spends the same on it. `memory` says
-    whether both models are compared whole or one layer of each at a time; `auto` does the second when they don't fit.
-    `include` names channels outside the linear modules, none of which the engine serves yet.
+    The budget is one of `p`, a share of the parameters of the modules that are ranked; `channels`, a share of every
+    module's channels; and `bytes`, the most that the tensors file may take, such as 10MB. Every ranking spends the same
+    on it. `memory` says whether both models are compared whole or one layer of each at a time; `auto` does the second
+    when they don't fit. `include` has channels outside the linear modules ranked, too: scales of norms, rows of lm_head
+    and columns of the embedding.
     """
 
     ranking: Ranking = "weight_relative"
@@ -105,13 +106,8 @@ class Localize(_Section):
 
     @field_validator("include")
     @classmethod
-    def _is_served(cls, include: tuple[str, ...]) -> tuple[str, ...]:
-        if include:
-            raise ValueError(
-                f"channels of {' and '.join(include)} can't be served yet: the engine adds rows to the linear modules "
-                "of the decoder's layers and to nothing else; leave `include` out"
-            )
-        return include
+    def _in_one_order(cls, include: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(include)))  # so that stages are kept when it is written otherwise
 
     @model_validator(mode="after")
     def _one_budget(self) -> "Localize":
@@ -126,6 +122,11 @@ class Localize(_Section):
             raise ValueError(
                 "the ranking gradient needs the whole base model and can't go with `memory: layerwise`; choose another "
                 "ranking or `memory: together`"
+            )
+        if self.memory == "layerwise" and self.include:
+            raise ValueError(
+                f"channels of {' and '.join(self.include)} can't be ranked with `memory: layerwise`, which sees "
+                "the linear modules of the layers alone; choose `memory: together`"
             )
         return self
 
@@ -250,6 +251,15 @@ class Profile(_Section):
             raise ValueError(f"`{what}` needs an ability model; `source.ability` brings its rows and no model")
         if not self.finetune.steps:
             raise ValueError("with `source.ability`, finetune.steps must be at least 1, or nothing would change")
+        return self
+
+    @model_validator(mode="after")
+    def _source_differs_in_what_is_included(self) -> "Profile":
+        if self.localize.include and self.source.train is not None:
+            raise ValueError(
+                f"`source.train` trains the linear modules alone, so {' and '.join(self.localize.include)} would not "
+                "differ from the base; name a `source.model`, or leave `localize.include` out"
+            )
         return self
 
     @model_validator(mode="after")

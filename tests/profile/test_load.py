@@ -37,8 +37,17 @@ def test_files_are_relative_to_the_profile(tmp_path: Path) -> None:
     ("old", "new", "said"),
     [
         ("  p: 0.1", "  p: 0", "demo.yaml:7: localize.p: Input should be greater than 0"),
-        ("  p: 0.1", "  include: [norms]", "demo.yaml:7: localize.include: channels of norms can't be served yet"),
-        ("  p: 0.1", "  include: [lm_head, embedding]", "channels of lm_head and embedding can't be served yet"),
+        ("  p: 0.1", "  include: [biases]", "demo.yaml:7: localize.include.0: Input should be"),
+        (
+            "  p: 0.1",
+            "  {include: [lm_head], memory: layerwise}",
+            "of lm_head can't be ranked with `memory: layerwise`",
+        ),
+        (
+            "{model: ../source}\nlocalize:",
+            "{train: {items: 1, steps: 1}}\nlocalize:\n  include: [norms, embedding]",
+            "embedding and norms would not differ",
+        ),
         ("  p: 0.1", "  {p: 0.1, channels: 0.1}", "demo.yaml:6: localize: give one budget, not p and channels"),
         ("  p: 0.1", "  bytes: a lot", "demo.yaml:7: localize.bytes: could not parse"),
         ("  p: 0.1", "  pp: 0.1", "demo.yaml:7: localize.pp: unknown key"),

@@ -30,7 +30,9 @@ def heat_map(ability: str, differences: Mapping[str, Tensor], mask: Mask, *, ran
 def _grid(values: Mapping[str, float]) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for name, value in values.items():
-        layer, projection = layer_and_projection(name)
+        # What lies in no layer comes first in a line of its own, as in the pictures of `act-serve inspect`.
+        outside = ".layers." not in name
+        layer, projection = (0, name.rpartition(".")[2]) if outside else layer_and_projection(name)
         found.setdefault(projection, {})[layer] = value
     return {name: found[name] for name in sorted(found, key=_place)}
 

@@ -57,7 +57,8 @@ class Subject:
 
     def differences(self, examples: Sequence[Example], ranking: Ranking) -> dict[str, Tensor]:
         """What `ranking` ranks by, `[O]` per module; on `examples` unless it reads weights alone."""
-        score = score_name(ranking)
+        include = self.job.profile.localize.include
+        score = score_name(ranking, include)
         text = examples_hash(examples)
         inputs = {
             "base": fingerprint_model(self.job.base).model_dump_json(),
@@ -65,7 +66,7 @@ class Subject:
             "score": score,
             "examples": text,
         }
-        of_build = score == score_name(self.job.profile.localize.ranking) and text == self._text
+        of_build = score == score_name(self.job.profile.localize.ranking, include) and text == self._text
         stage = "calibrate" if of_build else f"{score}-{text[:8]}"
 
         def measure(folder: Path, _report: object) -> None:
@@ -76,6 +77,7 @@ class Subject:
                 examples=list(examples),
                 seed=self.job.profile.seed,
                 memory=self.job.profile.localize.memory,
+                include=include,
             )
             save_tensors(folder, found)
 
@@ -105,8 +107,9 @@ def open_subjects(profiles: Sequence[Profile], builds: Path, screen: Screen) -> 
 
 def _open(job: Job) -> Subject:
     job = replace(job, profile=settle_budget(job.profile, job.base))
+    include = job.profile.localize.include
     if job.profile.source.model is not None:
-        check_pair(job.base, resolve_model(job.profile.source.model))
+        check_pair(job.base, resolve_model(job.profile.source.model), include)
     source, key = source_model(job)
     calibration = job.examples("train", job.profile.localize.calibration_items)
-    return Subject(job, source, key, tuple(channel_modules(job.base)), tuple(calibration))
+    return Subject(job, source, key, tuple(channel_modules(job.base, include)), tuple(calibration))

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from act_serve.models.activations import row_effects
-from act_serve.models.row_reader import open_rows
+from act_serve.models.row_reader import open_rows, weight_names
 from act_serve.pipeline.rankings.score import Pair
 
 
@@ -12,8 +12,8 @@ def activation_weight(pair: Pair) -> dict[str, Tensor]:
     batches = pair.batches()
 
     def difference(name: str) -> Tensor:
-        weight = f"{name}.weight"
-        with open_rows(pair.base, [weight]) as base, open_rows(pair.source, [weight]) as source:
-            return source.tensor(weight).float().sub_(base.tensor(weight))
+        tensors = weight_names(name)
+        with open_rows(pair.base, tensors) as base, open_rows(pair.source, tensors) as source:
+            return source.matrix(name).float().sub_(base.matrix(name))
 
     return row_effects(batches, pair.watch(batches, pair.base, inputs=True), pair.channels, difference)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from act_serve.errors import BuildError, ModelError
-from act_serve.models.loading import load_model
-from act_serve.models.row_reader import RowReader, open_rows
+from act_serve.models.loading import load_model, untie
+from act_serve.models.row_reader import RowReader, as_rows, open_rows
 from act_serve.pipeline.rankings.score import Pair
 
 
@@ -26,7 +26,7 @@ def gradient(pair: Pair) -> dict[str, Tensor]:
             "another localize.ranking, such as weight_relative or activation_weight, or localize.memory: together"
         )
     batches = pair.batches()
-    base = load_model(pair.base)
+    base = untie(load_model(pair.base)) if pair.include else load_model(pair.base)
     sums: dict[str, Tensor] = {}
     positions = 0
     with open_rows(pair.source) as source:
@@ -52,8 +52,8 @@ def _reduce(
 
     def reduce(_weight: Tensor) -> None:
         assert weight.grad is not None  # the hook runs after it was accumulated
-        difference_OI = source.tensor(f"{name}.weight").to(weight.device).float() - weight.detach().float()
-        gain_O = (weight.grad.float() * difference_OI).sum(1).double().cpu()
+        difference_OI = source.matrix(name).to(weight.device).float() - as_rows(name, weight.detach()).float()
+        gain_O = (as_rows(name, weight.grad).float() * difference_OI).sum(1).double().cpu()
         sums[name] = gain_O + sums[name] if name in sums else gain_O
         weight.grad = None
 

@@ -23,7 +23,8 @@ MIN_ANSWER_TOKENS = 32
 class Pair:
     """Two checkpoints of one architecture, the ability's calibration examples, and a seed for the random control.
 
-    With `layerwise`, one layer of each model is in memory at a time.
+    With `layerwise`, one layer of each model is in memory at a time. `include` names kinds of channels beside those of
+    the linear modules.
     """
 
     base: Path
@@ -31,10 +32,11 @@ class Pair:
     examples: tuple[Example, ...] = ()
     seed: int = 0
     layerwise: bool = False
+    include: tuple[str, ...] = ()
 
     @property
     def modules(self) -> list[ChannelModule]:
-        return channel_modules(self.base)
+        return channel_modules(self.base, self.include)
 
     @property
     def channels(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from act_serve.models.row_reader import open_rows
+from act_serve.models.row_reader import open_rows, weight_names
 from act_serve.pipeline.rankings.score import Pair
 
 
@@ -12,11 +12,12 @@ def weight(pair: Pair) -> dict[str, Tensor]:
     # All made before the first large tensor comes and goes: among those, they would leave gaps that those don't fit in.
     found = {name: torch.empty(count, dtype=torch.float64) for name, count in pair.channels.items()}
     for name, score_O in found.items():
-        score_O.copy_(_difference(pair, f"{name}.weight"))
+        score_O.copy_(_difference(pair, name))
     return found
 
 
 def _difference(pair: Pair, name: str) -> Tensor:
     # Opened for one tensor, so that the pages of those read before don't stay mapped.
-    with open_rows(pair.base, [name]) as base, open_rows(pair.source, [name]) as source:
-        return source.tensor(name).double().sub_(base.tensor(name)).square_().mean(1).sqrt()
+    tensors = weight_names(name)
+    with open_rows(pair.base, tensors) as base, open_rows(pair.source, tensors) as source:
+        return source.matrix(name).double().sub_(base.matrix(name)).square_().mean(1).sqrt()
