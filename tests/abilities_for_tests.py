@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -35,6 +36,20 @@ def linear_shapes(base: Path) -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def outside_shapes(base: Path) -> dict[str, tuple[int, int]]:
+    """Channels and length of their rows of norms, lm_head (where it is tied, too) and embedding."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(str(path), "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                if name.endswith("norm.weight"):
+                    shapes[name.removesuffix(".weight")] = (file.get_slice(name).get_shape()[0], 1)
+                if name == "model.embed_tokens.weight":
+                    vocabulary, hidden = file.get_slice(name).get_shape()
+                    shapes["model.embed_tokens"], shapes["lm_head"] = (hidden, vocabulary), (vocabulary, hidden)
+    return shapes
+
+
 def bias_names(base: Path) -> set[str]:
     """Modules of the checkpoint that have a bias."""
     names: set[str] = set()
@@ -44,12 +59,20 @@ def bias_names(base: Path) -> set[str]:
     return names
 
 
-def random_modules(base: Path, seed: int, share: float = 0.05, scale: float = 0.02) -> dict[str, ModuleDelta]:
-    """Random rows in every projection, and in the biases where there are any."""
+def random_modules(
+    base: Path, seed: int, share: float = 0.05, scale: float = 0.02, outside: bool = False
+) -> dict[str, ModuleDelta]:
+    """Random rows in every projection, and in the biases where there are any.
+
+    With ``outside`` in norms, lm_head and embedding as well.
+    """
     generator = torch.Generator().manual_seed(seed)
     biases = bias_names(base)
     modules = {}
-    for name, (out_features, in_features) in linear_shapes(base).items():
+    for name, (out_features, in_features) in {
+        **linear_shapes(base),
+        **(outside_shapes(base) if outside else {}),
+    }.items():
         k = max(1, round(out_features * share))
         rows = torch.randperm(out_features, generator=generator)[:k].sort().values.int()
         delta = (torch.randn(k, in_features, generator=generator) * scale).bfloat16()
@@ -67,7 +90,7 @@ def manifest_for(
     stored: Stored = "bfloat16",
 ) -> Manifest:
     """A manifest that fits the tensors and the base."""
-    shapes = linear_shapes(base)
+    shapes = linear_shapes(base) | outside_shapes(base)
     return Manifest(
         name=name,
         version=version,
@@ -88,7 +111,7 @@ def manifest_for(
 
 
 def publish_random(
-    store: Store, base: Path, name: str, seed: int, version: int = 1, stored: Stored = "bfloat16", **options: float
+    store: Store, base: Path, name: str, seed: int, version: int = 1, stored: Stored = "bfloat16", **options: Any
 ) -> Path:
     """Publishes an ability of random rows."""
     modules = random_modules(base, seed, **options)
@@ -107,14 +130,18 @@ def pinned(store: Store, text: str) -> Composition:
 
 
 def merged_model(base: Path, store: Store, text: str) -> PreTrainedModel:
-    """The base in float32 with the weighted deltas added to its rows, by transformers alone."""
+    """The base in float32, its lm_head untied, with the weighted deltas added to its rows, by transformers alone."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     for ability in Composition.parse(text).abilities:
         version = ability.version or store.latest(ability.name)
         _, modules = read_artifact(store.path(ability.name, version))
         for name, module in modules.items():
-            linear = model.get_submodule(name)
-            linear.weight.data[module.rows.long()] += ability.weight * module.delta.float()
+            changed, rows, added = model.get_submodule(name), module.rows.long(), ability.weight * module.delta.float()
+            if name == "model.embed_tokens":
+                changed.weight.data[:, rows] += added.t()
+            else:
+                changed.weight.data[rows] += added[:, 0] if name.endswith("norm") else added
             if module.bias_delta is not None:
-                linear.bias.data[module.rows.long()] += ability.weight * module.bias_delta.float()
+                changed.bias.data[rows] += ability.weight * module.bias_delta.float()
     return model

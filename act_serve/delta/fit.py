@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from act_serve.delta.channels import kind_of
 from act_serve.delta.manifest import Manifest
 from act_serve.errors import BaseMismatchError
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleShape:
-    """A linear module of the checkpoint: weight ``[out_features, in_features]``, with or without a bias."""
+    """A module of the checkpoint: ``out_features`` channels, rows of length ``in_features``, with or without a bias.
+
+    Of a linear module that is the shape of the weight; ``act_serve.delta.channels`` says what it is of the others.
+    """
 
     out_features: int
     in_features: int
@@ -35,6 +39,12 @@ def check_modules(manifest: Manifest, modules: Mapping[str, ModuleShape], *, wha
             raise BaseMismatchError(
                 f"{what} changes {name}, an expert of a mixture; experts can't be changed per request: rebuild the "
                 f"ability without the experts' modules"
+            )
+        if shape is None and kind_of(name) != "linear":
+            raise BaseMismatchError(
+                f"{what} changes {name}, which this engine can't change per request: it changes norms that are a plain "
+                "RMSNorm, and lm_head and embedding where there is no speculative decoding and logits have the model's "
+                "dtype; rebuild the ability without it in localize.include, or start the engine otherwise"
             )
         if shape is None:
             raise BaseMismatchError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import check_size, read_artifact
+from act_serve.delta.channels import LM_HEAD
 from act_serve.delta.composition import Composition, WeightedAbility
 from act_serve.delta.fingerprint import check_base
 from act_serve.delta.fit import ModuleShape, check_modules
@@ -15,6 +17,14 @@ from act_serve.delta.manifest import Counts, Manifest, ModelFingerprint
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.graph_limits import check_count
 from act_serve.errors import UnknownAbilityError
+
+
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """An ability that fits: its size, and whether it changes lm_head."""
+
+    counts: Counts
+    lm_head: bool
 
 
 class Admission:
@@ -40,7 +50,7 @@ class Admission:
     ) -> None:
         self._most_abilities = most_abilities
         self.store, self._fingerprint, self.modules, self._tensors = store, fingerprint, modules, tensors
-        self._verified: dict[AbilityKey, Counts] = {}
+        self._verified: dict[AbilityKey, _Verified] = {}
 
     async def pin(self, composition: Composition) -> Composition:
         """The same composition with every version and content digest filled in.
@@ -57,7 +67,11 @@ class Admission:
 
     def counts(self, pinned: WeightedAbility) -> Counts:
         """Numbers of rows and values of an ability that :meth:`pin` gave back."""
-        return self._verified[AbilityKey.of(pinned)]
+        return self._verified[AbilityKey.of(pinned)].counts
+
+    def changes_lm_head(self, pinned: Composition) -> bool:
+        """Whether an ability of a composition that :meth:`pin` gave back has rows of lm_head."""
+        return any(self._verified[AbilityKey.of(ability)].lm_head for ability in pinned.abilities)
 
     def _pin(self, ability: WeightedAbility) -> WeightedAbility:
         if ability.digest is not None and AbilityKey.of(ability) in self._verified:
@@ -84,7 +98,7 @@ class Admission:
             read_artifact(folder, what)
         else:
             check_size(manifest, folder, what=what)
-        self._verified[key] = manifest.counts
+        self._verified[key] = _Verified(manifest.counts, LM_HEAD in manifest.modules)
 
 
 def split_model(model: str, base_names: Collection[str]) -> Composition | None:

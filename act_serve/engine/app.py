@@ -14,7 +14,7 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 from vllm.entrypoints.launchers.app import build_app
@@ -31,7 +31,7 @@ from act_serve.engine.log import share_log
 from act_serve.engine.registry import CompositionRegistry
 from act_serve.engine.settings import MODEL_HEADER, WORKER_CLS, EngineSettings
 from act_serve.engine.worker import checkpoint_folder
-from act_serve.errors import ActServeError
+from act_serve.errors import ActServeError, RequestError
 from act_serve.models.loading import computing_dtype
 
 
@@ -142,6 +142,37 @@ def bound_metrics(client: Any) -> None:
             stat_logger.gauge_lora_info = LatestLabels(stat_logger.gauge_lora_info)
 
 
+async def without_prompt_logprobs(receive: Receive) -> Receive:
+    """Reads a request's body, and returns what gives it once more.
+
+    Raises:
+        RequestError: it asks for log-probabilities of its prompt. vLLM computes their logits apart from the tokens'
+            and does not tell a worker whose they are, so they would lack the composition's rows of lm_head.
+    """
+    messages: list[Message] = []
+    while not messages or messages[-1].get("more_body"):
+        messages.append(await receive())
+    try:
+        body = json.loads(b"".join(message.get("body", b"") for message in messages))
+    except ValueError:
+        body = None  # vLLM says what is wrong with it
+    asked = [body, body.get("sampling_params")] if isinstance(body, dict) else []
+    for field in ("prompt_logprobs", "echo"):
+        if any(isinstance(fields, dict) and fields.get(field) not in (None, False) for fields in asked):
+            raise RequestError(
+                f"{field} is not available with abilities that change lm_head, as this composition's do; leave it out, "
+                "or choose other abilities",
+                param=field,
+            )
+    rest = iter(messages)
+
+    async def again() -> Message:
+        message = next(rest, None)
+        return await receive() if message is None else message
+
+    return again
+
+
 class HoldComposition:
     """ASGI middleware that has a request's abilities resident while it runs; plain ASGI, so streams pass untouched.
 
@@ -157,7 +188,10 @@ class HoldComposition:
         model = Headers(scope=scope).get(MODEL_HEADER) if scope["type"] == "http" else None
         if model is not None:
             try:
-                async with scope["app"].state.compositions.hold(model):
+                compositions = scope["app"].state.compositions
+                if await compositions.changes_lm_head(model):
+                    receive = await without_prompt_logprobs(receive)
+                async with compositions.hold(model):
                     await self._app(scope, receive, send)
             except ActServeError as exc:
                 error = {"message": str(exc), "type": type(exc).__name__, "param": getattr(exc, "param", None)}

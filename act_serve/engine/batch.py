@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,24 +22,55 @@ class BatchTable:
 
     abilities: tuple[AbilityKey, ...] = ()
     weights: TokenWeights | None = None
+    _compositions: Mapping[int, Mapping[AbilityKey, float]] = field(default_factory=dict)
+    _sampled_ids: Sequence[int] = ()
+    _sampled: TokenWeights | None = None
+    _taken: bool = False
+
+    def begin_step(self) -> None:
+        """The coming logits are those that tokens are sampled from; whatever the tables hold, old or new."""
+        self._taken = False
+
+    def take_sampled(self) -> TokenWeights | None:
+        """The weights of the positions that the step samples from, for whoever asks first; None for those after.
+
+        vLLM's model runner computes these logits first. Those that it computes later in a step are of prompts whose
+        ``prompt_logprobs`` are asked for, one request at a time, and it does not say whose.
+        """
+        if self._taken or self.weights is None:
+            return None
+        self._taken = True
+        if self._sampled is None:
+            self._sampled = self._weights_of(self._sampled_ids)
+        return self._sampled
 
     def clear(self) -> None:
         """No token of the step uses an ability."""
         self.weights = None
 
-    def fill(self, ids_T: Sequence[int], compositions: Mapping[int, Mapping[AbilityKey, float]]) -> None:
+    def fill(
+        self,
+        ids_T: Sequence[int],
+        compositions: Mapping[int, Mapping[AbilityKey, float]],
+        sampled_ids: Sequence[int] = (),
+    ) -> None:
         """Sets the step's weights.
 
         Args:
             ids_T: adapter id of each token, 0 for the base model.
             compositions: per adapter id in the batch, its abilities' weights.
+            sampled_ids: adapter id of each position that a token is sampled from.
         """
         abilities = tuple(sorted({key for weights in compositions.values() for key in weights}))
         if abilities != self.abilities:
             self.abilities = abilities
-        ids, inverse_T = np.unique(np.asarray(ids_T, dtype=np.int64), return_inverse=True)
-        table = np.zeros((len(ids), len(abilities)), dtype=np.float32)
+        self._compositions, self._sampled_ids, self._sampled = compositions, sampled_ids, None
+        self.weights = self._weights_of(ids_T)
+
+    def _weights_of(self, adapter_ids: Sequence[int]) -> TokenWeights:
+        ids, inverse_T = np.unique(np.asarray(adapter_ids, dtype=np.int64), return_inverse=True)
+        table = np.zeros((len(ids), len(self.abilities)), dtype=np.float32)
         for row, adapter_id in enumerate(ids.tolist()):
-            of = compositions.get(adapter_id, {})
+            of = self._compositions.get(adapter_id, {})
             table[row] = [of.get(key, 0.0) for key in self.abilities]
-        self.weights = TokenWeights(table[inverse_T])
+        return TokenWeights(table[inverse_T])

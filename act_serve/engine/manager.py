@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.batch import BatchTable
 from act_serve.engine.graph_limits import GraphLimits, check_count
 from act_serve.engine.graph_tables import GraphDeltaLayer, GraphTables
-from act_serve.engine.layers import DeltaLayer, DeltaLinearMethod
+from act_serve.engine.layers import DeltaLayer, attach
 from act_serve.engine.plan import Part, plan_layers, whole_modules
 from act_serve.engine.residents import ResidentAbilities
 from act_serve.errors import ArtifactDamagedError, EngineError
@@ -89,7 +90,7 @@ class AbilityManager:
         self._max_resident_bytes = max_resident_bytes
         self._batch = BatchTable()
         self._compositions: dict[int, _Resolved] = {}
-        self._last_mapping: tuple[int, ...] | None = None
+        self._last_mapping: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._loader = _one_thread()
         self._loading: dict[AbilityKey, Future[list[AbilityRows]]] = {}
         self._patience_s = 0.0
@@ -139,24 +140,28 @@ class AbilityManager:
     # -- what vLLM asks --------------------------------------------------------------------------------------------
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any = None) -> torch.nn.Module:
-        """Puts a delta layer behind every linear layer of the model, and returns the model.
+        """Puts a delta layer behind every layer of the model that abilities can change, and returns the model.
 
         Raises:
             EngineError: rows of a module are on no worker, or the kernel does not run inside CUDA graphs as it must.
         """
-        plans = plan_layers(model)
+        # A drafting model may share lm_head and embedding, and calls them with tokens that are not the step's.
+        drafts = vllm_config is not None and vllm_config.speculative_config is not None
+        plans = plan_layers(model, vocabulary=not drafts)
         device = next(model.parameters()).device
-        dtypes = {plan.layer.params_dtype for plan in plans}
+        dtypes = {plan.dtype for plan in plans}
         kernels = {dtype: choose_add_rows(device, dtype, cache_home() / "kernels") for dtype in dtypes}
-        layers: list[Any] = []
-        for plan in plans:
-            layer = self._delta_layer(plan.name, kernels[plan.layer.params_dtype])
-            plan.layer.quant_method = DeltaLinearMethod(plan.layer.quant_method, layer)
-            layers.append(layer)
+        make_linear: Callable[..., Any] = DeltaLayer
+        if self._graphs is not None:
+            # Norms and the embedding lie in the graphs too, and have no form that reads tables; lm_head does not.
+            plans = [plan for plan in plans if plan.kind in ("linear", "lm_head")]
+            make_linear = partial(GraphDeltaLayer, tables=self._graphs)
+        layers = [attach(plan, self._batch, kernels[plan.dtype], make_linear) for plan in plans]
         parts = [part for plan in plans for part in plan.parts]
         self.modules = whole_modules(self._gather(parts))
         if self._graphs is not None:
-            self._graphs.serve(device, layers, [plan.out_features for plan in plans])
+            inside = [pair for pair in zip(plans, layers, strict=True) if pair[0].kind == "linear"]
+            self._graphs.serve(device, [layer for _, layer in inside], [plan.out_features for plan, _ in inside])
         other_stages = self.modules.keys() - {part.module for part in parts}
         self._residents = ResidentAbilities(plans, layers, device, self._max_resident_bytes, other_stages)
         self._patience_s = _CPU_PATIENCE_S if device.type == "cpu" else 0.0
@@ -200,10 +205,12 @@ class AbilityManager:
 
         Args:
             requests: the compositions in the batch.
-            mapping: vLLM's ``LoRAMapping``; ``index_mapping`` holds one adapter id per token, 0 for the base.
+            mapping: vLLM's ``LoRAMapping``; ``index_mapping`` holds one adapter id per token, ``prompt_mapping`` one
+                per position that a token is sampled from; 0 for the base.
         """
+        self._batch.begin_step()
         ids_T: tuple[int, ...] = mapping.index_mapping
-        if ids_T == self._last_mapping:
+        if (ids_T, mapping.prompt_mapping) == self._last_mapping:
             return
         for request in requests:
             if request.lora_path != _WARM_UP_PATH and request.lora_int_id not in self._compositions:
@@ -212,10 +219,10 @@ class AbilityManager:
         unknown = set(ids_T) - active.keys() - {0}
         if unknown and not all(r.lora_path == _WARM_UP_PATH for r in requests):
             raise EngineError(f"tokens name adapters that were never added: {sorted(unknown)}")
-        self._fill(ids_T, active)
+        self._fill(ids_T, active, mapping.prompt_mapping)
         if self._graphs is not None:
             self._graphs.prepare(self._batch, made_up=bool(unknown))
-        self._last_mapping = ids_T
+        self._last_mapping = (ids_T, mapping.prompt_mapping)
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
@@ -242,11 +249,6 @@ class AbilityManager:
         if self._graphs is not None:
             self._graphs.reset()
         self._last_mapping = None
-
-    def _delta_layer(self, name: str, add_rows: AddRows) -> DeltaLayer:
-        if self._graphs is None:
-            return DeltaLayer(name, self._batch, add_rows)
-        return GraphDeltaLayer(name, self._batch, add_rows, self._graphs)
 
     def _resolve(self, request: LoRARequest) -> _Resolved:
         if self._store is None or request.lora_path != str(self._store.root):
@@ -291,7 +293,7 @@ class AbilityManager:
         logger.info("Loaded %s: %d rows of %d modules", what, manifest.counts.channels, len(modules))
         return modules
 
-    def _fill(self, ids_T: tuple[int, ...], active: dict[int, _Resolved]) -> None:
+    def _fill(self, ids_T: tuple[int, ...], active: dict[int, _Resolved], sampled_ids: tuple[int, ...]) -> None:
         if not active:
             self._batch.clear()
             return
@@ -299,4 +301,4 @@ class AbilityManager:
         for resolved in active.values():
             self._load(resolved, in_use=keys, over_budget=True)
         self._residents.touch(keys)
-        self._batch.fill(ids_T, {i: resolved.weights for i, resolved in active.items()})
+        self._batch.fill(ids_T, {i: resolved.weights for i, resolved in active.items()}, sampled_ids)

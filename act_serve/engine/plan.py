@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from act_serve.delta.artifact import ModuleDelta
+from act_serve.delta.channels import Kind, kind_of
 from act_serve.delta.fit import ModuleShape
 from act_serve.engine.row_memory import RowMemory
 from act_serve.errors import EngineError
@@ -56,18 +61,25 @@ class LayerPlan:
         parts: the checkpoint modules fused in it, in order.
         columns: the slice of the input features that this worker multiplies.
         adds_bias: whether this worker is the one that adds the bias.
+        kind: of the layer's channels.
     """
 
     name: str
-    layer: LinearBase
+    layer: Any
     parts: tuple[Part, ...]
     columns: slice
     adds_bias: bool
+    kind: Kind = "linear"
 
     @property
     def width(self) -> int:
         """Number of input features that this worker multiplies, I."""
-        return len(range(*self.columns.indices(self.layer.input_size)))
+        return len(range(*self.columns.indices(self.parts[0].shape.in_features)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the layer's weights."""
+        return self.layer.weight.dtype if self.kind == "norms" else self.layer.params_dtype
 
     @property
     def out_features(self) -> int:
@@ -103,13 +115,24 @@ class LayerPlan:
         return ModuleDelta(rows, delta, bias)
 
 
-def plan_layers(model: torch.nn.Module) -> list[LayerPlan]:
-    """Every linear layer of a vLLM model that delta rows can be added to, of the pipeline stage that the model is.
+def plan_layers(model: torch.nn.Module, *, vocabulary: bool = True) -> list[LayerPlan]:
+    """Every layer of a vLLM model that delta rows can be added to, of the pipeline stage that the model is.
 
     Others are left out, so that an ability with rows there is refused: experts of a mixture, which are no linear
     layers in vLLM; a layer that multiplies without its ``quant_method``, such as an expert router with kernels of its
-    own; a layer that the checkpoint stores in other parts than vLLM's.
+    own; a layer that the checkpoint stores in other parts than vLLM's; a norm that is more than vLLM's RMSNorm; an
+    lm_head whose logits have a dtype of their own, which vLLM multiplies by itself.
+
+    Args:
+        vocabulary: whether lm_head and the embedding are the model's alone.
     """
+    own_dtype = any(
+        processor.head_dtype not in (None, head.params_dtype)
+        for processor in model.modules()
+        if isinstance(processor, LogitsProcessor)
+        for head in model.modules()
+        if isinstance(head, ParallelLMHead)
+    )
     fused: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
     plans = []
     for name, layer in model.named_modules():
@@ -117,7 +140,32 @@ def plan_layers(model: torch.nn.Module) -> list[LayerPlan]:
             modules, shards = _modules(name, fused), list(_shards(layer))
             if len(modules) == len(shards):
                 plans.append(_plan(name, layer, modules, shards))
+        elif type(layer) is RMSNorm and kind_of(name) == "norms":
+            if layer.has_weight and layer.variance_size_override is None:
+                plans.append(_norm_plan(name, layer))
+        elif vocabulary and isinstance(layer, VocabParallelEmbedding) and not layer.num_added_embeddings:
+            kind = kind_of(name)
+            if kind == "embedding" or (kind == "lm_head" and isinstance(layer, ParallelLMHead) and not own_dtype):
+                plans.append(_vocabulary_plan(name, layer, kind))
     return plans
+
+
+def _norm_plan(name: str, norm: RMSNorm) -> LayerPlan:
+    """Every worker normalises whole tokens, or whole heads."""
+    size = norm.weight.numel()
+    part = Part(name, ModuleShape(size, 1), range(size), 0)
+    return LayerPlan(name, norm, (part,), slice(None), adds_bias=True, kind="norms")
+
+
+def _vocabulary_plan(name: str, layer: VocabParallelEmbedding, kind: Kind) -> LayerPlan:
+    """Of lm_head a worker has the rows of its tokens; of the embedding's columns what they say of its tokens."""
+    tokens, hidden, shard = layer.org_vocab_size, layer.embedding_dim, layer.shard_indices
+    mine = range(shard.org_vocab_start_index, shard.org_vocab_end_index)
+    if kind == "lm_head":
+        part = Part(name, ModuleShape(tokens, hidden, getattr(layer, "bias", None) is not None), mine, 0)
+        return LayerPlan(name, layer, (part,), slice(None), adds_bias=True, kind=kind)
+    part = Part(name, ModuleShape(hidden, tokens), range(hidden), 0)
+    return LayerPlan(name, layer, (part,), slice(mine.start, mine.stop), adds_bias=True, kind=kind)
 
 
 def _calls_apply(name: str, layer: LinearBase) -> bool:

@@ -34,10 +34,16 @@ logger = init_logger("vllm.act_serve")
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A composition that passed admission: its adapter, and the bytes of its abilities by their canonical names."""
+    """A composition that passed admission.
+
+    Attributes:
+        request: its adapter; ``sizes``: the bytes of its abilities by their canonical names.
+        changes_lm_head: whether one of them has rows there.
+    """
 
     request: LoRARequest
     sizes: dict[AbilityKey, int]
+    changes_lm_head: bool
 
 
 class CompositionRegistry:
@@ -79,8 +85,7 @@ class CompositionRegistry:
         if model in self._base_names:
             yield
             return
-        known = self._known.get(model) or self._known.setdefault(model, await self._admit(model))
-        self._known.move_to_end(model)
+        known = await self._admitted(model)
         await self.seats.take(known.sizes, lambda: self._load(known.sizes.keys()))
         try:
             # Where all abilities are resident, a new composition needs nothing from the engine: the worker learns of
@@ -90,6 +95,10 @@ class CompositionRegistry:
             yield
         finally:
             self.seats.leave(known.sizes)
+
+    async def changes_lm_head(self, model: str) -> bool:
+        """Whether ``model`` is a composition with rows of lm_head; raises as :meth:`hold` where it is not admitted."""
+        return model not in self._base_names and (await self._admitted(model)).changes_lm_head
 
     def held(self, name: str) -> list[Held]:
         """What this engine holds of the versions of an ability, or is about to."""
@@ -139,6 +148,11 @@ class CompositionRegistry:
         manifests = (store.manifest(name) for name in names if store.versions(name))
         return {AbilityKey(m.name, m.version, m.digest): self._size(m.counts) for m in manifests}
 
+    async def _admitted(self, model: str) -> _Known:
+        known = self._known.get(model) or self._known.setdefault(model, await self._admit(model))
+        self._known.move_to_end(model)
+        return known
+
     async def _admit(self, model: str) -> _Known:
         composition = split_model(model, self._base_names)
         if composition is None:
@@ -152,7 +166,7 @@ class CompositionRegistry:
         pinned = await self._admission.pin(composition)
         self._last_id += 1
         request = adapter_request(model.rpartition(":")[0], pinned, self._last_id, self._admission.store)
-        return _Known(request, self._sizes(pinned))
+        return _Known(request, self._sizes(pinned), self._admission.changes_lm_head(pinned))
 
     def _sizes(self, pinned: Composition) -> dict[AbilityKey, int]:
         """Resident bytes by ability: values in the engine's dtype, and a 4-byte index per row."""

@@ -65,7 +65,7 @@ class ResidentAbilities:
             EngineError: not every row found its place.
         """
         memory = RowMemory(self._most_bytes(modules))
-        segments = [plan.segment(modules, plan.layer.params_dtype, memory) for plan in self._plans]
+        segments = [plan.segment(modules, plan.dtype, memory) for plan in self._plans]
         expected = sum(m.rows.numel() for m in modules.values()) - self._elsewhere(modules)
         applied = sum(s.rows.numel() for s in segments)
         if applied != expected:
@@ -111,18 +111,21 @@ class ResidentAbilities:
         total = 0
         for plan in self._plans:
             count = sum(len(modules[part.module].rows) for part in plan.parts if part.module in modules)
-            size = plan.layer.params_dtype.itemsize
+            size = plan.dtype.itemsize
             total += rounded_up(4 * count) + rounded_up(size * count * plan.width) + rounded_up(size * count)
         return total
 
     def _on_device(self, plan: LayerPlan, segment: ModuleDelta) -> AbilityRows:
         place_O = None
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and plan.kind in ("linear", "lm_head"):
             # Made here and copied: a copy has ended when it returns, but a kernel that this thread launches may not
             # have when the steps' stream reads what it writes.
             place_O = places_of(segment.rows, plan.out_features).to(self._device)
         bias_N = None if segment.bias_delta is None else segment.bias_delta.to(self._device)
-        return AbilityRows(segment.rows.to(self._device), segment.delta.to(self._device), bias_N, place_O)
+        delta_NI = segment.delta
+        if plan.kind == "embedding":  # the same values, with those of one token side by side, where they are looked up
+            delta_NI = delta_NI.t().contiguous().t()
+        return AbilityRows(segment.rows.to(self._device), delta_NI.to(self._device), bias_N, place_O)
 
     def _make_room(self, key: AbilityKey, size: int, in_use: Collection[AbilityKey], over_budget: bool) -> None:
         idle = [other for other in self._bytes if other not in in_use]

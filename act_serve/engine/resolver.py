@@ -13,7 +13,7 @@ from act_serve.delta.composition import Composition
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.engine.admission import Admission, split_model
 from act_serve.engine.worker import checkpoint_folder
-from act_serve.errors import ActServeError
+from act_serve.errors import ActServeError, RequestError
 
 
 def adapter_request(base: str, composition: Composition, adapter_id: int, store: Store) -> LoRARequest:
@@ -50,6 +50,11 @@ class AbilityResolver(LoRAResolver):
             if self._admission is None:
                 self._admission = Admission(self.store, fingerprint_model(checkpoint_folder(base_model_name)))
             pinned = await self._admission.pin(composition)
+            if self._admission.changes_lm_head(pinned):
+                raise RequestError(
+                    f"{lora_name[:200]!r} changes lm_head, which `act-serve serve` serves and `vllm serve` does not: it "
+                    "lets requests ask for prompt_logprobs, which would lack these changes"
+                )
         except ActServeError as exc:
             if exc.http_status == 404:
                 raise VLLMNotFoundError(str(exc)) from exc

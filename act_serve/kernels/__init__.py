@@ -1,4 +1,4 @@
-"""One operation, in a plain reference and in fast forms that are tested against it.
+"""The operation of linear layers and lm_head, in a plain reference and in fast forms that are tested against it.
 
 Shape suffixes in this folder and in ``act_serve.engine``:
 
@@ -8,4 +8,7 @@ Shape suffixes in this folder and in ``act_serve.engine``:
 The operation adds each token's weighted ability rows to its output, in place::
 
     y_TO[t, rows_N[n]] += weight_TA[t, owner_N[n]] * (x_TI[t] · delta_NI[n] + bias_N[n])
+
+Norms and the embedding, which read something else than x (``act_serve.delta.channels``), have a reference and a form in
+torch each.
 """

@@ -63,7 +63,7 @@ class Engine:
 
     def step(self, adapter: LoRARequest) -> torch.Tensor:
         """What two tokens of the adapter get from all layers."""
-        mapping = SimpleNamespace(index_mapping=(adapter.lora_int_id,) * 2)
+        mapping = SimpleNamespace(index_mapping=(adapter.lora_int_id,) * 2, prompt_mapping=(adapter.lora_int_id,))
         self.ability_manager.set_active_adapters({adapter}, mapping)
         outputs = []
         for layer, shape in zip(self.layers, self.ability_manager.modules.values(), strict=True):
