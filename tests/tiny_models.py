@@ -1,5 +1,6 @@
 """A tiny random Llama, and ability models that differ from it in known rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from act_serve.models.families import channel_modules
+from act_serve.models.row_reader import as_rows
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -29,7 +31,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2) -> Path:
+def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2, tied: bool = False) -> Path:
     """Saves a random Llama with its tokenizer."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -44,6 +46,7 @@ def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2
         eos_token_id=2,
         pad_token_id=2,
         initializer_range=0.2,
+        tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -71,16 +74,18 @@ def make_qwen(folder: Path) -> Path:
     return folder
 
 
-def plant(base: Path, folder: Path, *, p: float, scale: float, seed: int = 0) -> dict[str, list[int]]:
+def plant(
+    base: Path, folder: Path, *, p: float, scale: float, seed: int = 0, include: Sequence[str] = ()
+) -> dict[str, list[int]]:
     """Saves a copy of `base` whose rows are changed in a random share `p` of every module; returns these rows."""
     draw = torch.Generator().manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(base)
     planted = {}
     with torch.no_grad():
-        for module in channel_modules(base):
+        for module in channel_modules(base, include):
             count = round(p * module.out_features)
             rows = torch.randperm(module.out_features, generator=draw)[:count].sort().values
-            weight = model.get_submodule(module.name).weight
+            weight = as_rows(module.name, model.get_submodule(module.name).weight)
             noise = scale * torch.randn(count, module.in_features, generator=draw)
             weight[rows] += noise.to(weight)
             planted[module.name] = rows.tolist()

@@ -155,15 +155,18 @@ async def without_prompt_logprobs(receive: Receive) -> Receive:
     try:
         body = json.loads(b"".join(message.get("body", b"") for message in messages))
     except ValueError:
-        body = None  # vLLM says what is wrong with it
-    asked = [body, body.get("sampling_params")] if isinstance(body, dict) else []
-    for field in ("prompt_logprobs", "echo"):
-        if any(isinstance(fields, dict) and fields.get(field) not in (None, False) for fields in asked):
-            raise RequestError(
-                f"{field} is not available with abilities that change lm_head, as this composition's do; leave it out, "
-                "or choose other abilities",
-                param=field,
-            )
+        body = None
+    if not isinstance(body, dict):
+        body = {}  # vLLM says what is wrong with it
+    fields = [part for part in (body, body.get("sampling_params")) if isinstance(part, dict)]
+    prompt_logprobs = any(part.get("prompt_logprobs") is not None for part in fields)  # 0 and false ask for them, too
+    if prompt_logprobs or any(part.get("echo") for part in fields):
+        field = "prompt_logprobs" if prompt_logprobs else "echo"
+        raise RequestError(
+            f"{field} is not available with abilities that change lm_head, as this composition's do; leave it out, "
+            "or choose other abilities",
+            param=field,
+        )
     rest = iter(messages)
 
     async def again() -> Message:

@@ -52,8 +52,8 @@ class AbilityResolver(LoRAResolver):
             pinned = await self._admission.pin(composition)
             if self._admission.changes_lm_head(pinned):
                 raise RequestError(
-                    f"{lora_name[:200]!r} changes lm_head, which `act-serve serve` serves and `vllm serve` does not: it "
-                    "lets requests ask for prompt_logprobs, which would lack these changes"
+                    f"{lora_name[:200]!r} changes lm_head, which `act-serve serve` serves and `vllm serve` does "
+                    "not: there, requests may ask for prompt_logprobs, which would lack these changes"
                 )
         except ActServeError as exc:
             if exc.http_status == 404:

@@ -41,7 +41,7 @@ def test_patched_base_is_the_merged_model(
 
     base = make(tmp_path / "base")
     store = Store(tmp_path / "store")
-    publish_random(store, base, "one", seed=1, share=0.3)
+    publish_random(store, base, "one", seed=1, share=0.3, outside=True)
     publish_random(store, base, "two", seed=2, share=0.3)
     deltas = compose(artifacts_of("one+two*0.5", store.root), base)
     export_hf(base=base, deltas=deltas, folder=tmp_path / "merged")
@@ -52,6 +52,7 @@ def test_patched_base_is_the_merged_model(
     load_checkpoint_weight_patches(model, patches)
     assert any("qkv_proj" in name for name in differing)
     assert any("gate_up_proj" in name for name in differing)
+    assert {"model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"} <= set(differing)
     assert all(torch.equal(weight, merged[name]) for name, weight in model.named_parameters())
     assert len(patches) == len(deltas) + sum(module.bias_delta is not None for module in deltas.values())
 

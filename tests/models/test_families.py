@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
+from act_serve.delta.channels import OUTSIDE, kind_of
 from act_serve.errors import ModelError
 from act_serve.models.families import channel_modules, layer_and_projection
+from act_serve.models.row_reader import as_rows, open_rows
+from tests.models.test_layerwise import CONFIGS
 from tests.tiny_models import make_llama, make_qwen
 
 
@@ -19,6 +23,26 @@ def test_shapes(tmp_path: Path, make: type) -> None:
     assert len(modules) == 7 * model.config.num_hidden_layers
     for module in modules:
         assert model.get_submodule(module.name).weight.shape == (module.out_features, module.in_features)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_all_weights_of_a_model_are_channels(tmp_path: Path, family: str) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS[family])
+    model.save_pretrained(tmp_path)
+    modules = channel_modules(tmp_path, OUTSIDE)
+    weights = {name.removesuffix(".weight") for name in model.state_dict() if name.endswith(".weight")}
+    assert {module.name for module in modules} == weights
+    with open_rows(tmp_path) as reader:
+        for module in modules:
+            assert reader.matrix_shape(module.name) == (module.out_features, module.in_features)
+            rows = [module.out_features - 1, 0]
+            expected = as_rows(module.name, model.get_submodule(module.name).weight)[rows]
+            assert torch.equal(reader.channels(module.name, rows), expected)
+    for kind in OUTSIDE:
+        alone = {module.name for module in channel_modules(tmp_path, [kind])} - {
+            m.name for m in channel_modules(tmp_path)
+        }
+        assert alone == {module.name for module in modules if kind_of(module.name) == kind} != set()
 
 
 def test_names() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from act_serve.delta.artifact import ModuleDelta, serialize_modules
+from act_serve.delta.channels import OUTSIDE
 from act_serve.errors import BuildError, ProfileError
 from act_serve.models.families import ChannelModule, channel_modules
 from act_serve.pipeline.budget import settle_budget
@@ -46,6 +47,17 @@ def test_bytes_are_spent_and_not_exceeded(tmp_path: Path, stored: Any, ranking: 
         size = len(serialize_modules(rows_of(modules, profile, scores), stored))
         assert 0.9 * 300_000 <= size <= 300_000
     assert profile == settled(tmp_path, base, **changes)
+
+
+@pytest.mark.parametrize("ranking", ["weight_relative", "weight_per_module"])
+def test_bytes_hold_with_rows_of_all_lengths(tmp_path: Path, ranking: Ranking) -> None:
+    base = make_llama(tmp_path / "base", hidden=64)
+    profile = settled(tmp_path, base, localize={"bytes": "60 kB", "ranking": ranking, "include": list(OUTSIDE)})
+    modules = channel_modules(base, OUTSIDE)
+    narrow_first = {module.name: torch.full((module.out_features,), 1.0 / module.in_features) for module in modules}
+    wide_first = {module.name: torch.full((module.out_features,), 1.0 * module.in_features) for module in modules}
+    for scores in (narrow_first, wide_first):
+        assert 0.75 * 60_000 <= len(serialize_modules(rows_of(modules, profile, scores), "bfloat16")) <= 60_000
 
 
 def test_every_ranking_spends_the_same(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """A merged checkpoint is the base with the deltas added, and loads in transformers."""
 
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,14 @@ from transformers import AutoModelForCausalLM
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import ModuleDelta, serialize_modules, write_artifact
 from act_serve.delta.fingerprint import fingerprint_model
-from act_serve.errors import BaseMismatchError, ModelError, UnknownAbilityError
+from act_serve.errors import BaseMismatchError, ModelError, RequestError, UnknownAbilityError
 from act_serve.pipeline.compose import artifacts_of, compose, score_composition
 from act_serve.pipeline.datasets.catalogue import Example
 from act_serve.pipeline.export import export_hf
 from act_serve.pipeline.export_patch import export_patch
-from tests.abilities_for_tests import manifest_for
+from act_serve.pipeline.export_peft import export_peft
+from act_serve.pipeline.publish import channel_counts
+from tests.abilities_for_tests import manifest_for, merged_model, publish_random
 from tests.tiny_models import make_llama, make_qwen
 
 UP = "model.layers.0.mlp.up_proj"
@@ -49,6 +53,33 @@ def test_weighted_sum_on_shared_rows_and_biases(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_norms_head_and_embedding_of_a_tied_base(tmp_path: Path, sharded: bool) -> None:
+    base, store = make_llama(tmp_path / "base", tied=True), Store(tmp_path / "store")
+    if sharded:
+        AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size="20KB")
+        (base / "model.safetensors").unlink()
+    publish_random(store, base, "all", seed=1, share=0.2, scale=0.3, outside=True)
+    deltas = compose(artifacts_of("all*0.5", store.root), base)
+    folder = export_hf(base=base, deltas=deltas, folder=tmp_path / "merged", dtype="float32")
+    before, after = merged_model(base, store, "all*0.5"), AutoModelForCausalLM.from_pretrained(folder)
+    assert not after.config.tie_word_embeddings
+    assert after.lm_head.weight is not after.model.embed_tokens.weight
+    changed, plain = before.state_dict(), AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    for name, tensor in after.state_dict().items():
+        torch.testing.assert_close(tensor, changed[name], rtol=1e-6, atol=1e-6)
+        assert not torch.equal(tensor, plain[name]), name
+    if sharded:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.state_dict().values())
+    for export in (export_patch, partial(export_peft, channels=channel_counts(base))):
+        with pytest.raises(RequestError, match="--to hf"):
+            export(base=base, deltas=deltas, folder=tmp_path / "none")
+    only_norms = {name: delta for name, delta in deltas.items() if name.endswith("norm")}
+    tied = export_hf(base=base, deltas=only_norms, folder=tmp_path / "tied")
+    assert AutoModelForCausalLM.from_pretrained(tied).config.tie_word_embeddings
 
 
 def test_dtype_is_the_base_s_and_the_folder_is_new(tmp_path: Path) -> None:

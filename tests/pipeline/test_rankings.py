@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from act_serve.delta.channels import OUTSIDE
 from act_serve.errors import BuildError, DataError, ModelError, PairMismatchError
 from act_serve.models.examples import Example
-from act_serve.models.loading import load_model
+from act_serve.models.loading import load_model, untie
+from act_serve.models.row_reader import as_rows
 from act_serve.pipeline.calibrate import score_channels
 from act_serve.pipeline.rankings.catalogue import RANKINGS
 from act_serve.pipeline.rankings.score import Pair
@@ -63,6 +65,55 @@ def test_relative_differs_by_one_factor_per_module(pair: Pair) -> None:
     for factor in factors.values():
         positive = factor[factor > 0]
         torch.testing.assert_close(positive, positive[:1].expand_as(positive))
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def whole_pair(tmp_path: Path, request: pytest.FixtureRequest) -> Pair:
+    """Two models that differ in norms, lm_head and embedding, too."""
+    base = make_llama(tmp_path / "base", tied=request.param)
+    plant(base, tmp_path / "source", p=0.125, scale=0.3, include=OUTSIDE)
+    return Pair(base, tmp_path / "source", tuple(TEXTS), include=OUTSIDE)
+
+
+def whole_scores(ranking: Ranking, pair: Pair) -> dict[str, torch.Tensor]:
+    examples = list(pair.examples)
+    return score_channels(ranking, base=pair.base, source=pair.source, examples=examples, include=pair.include)
+
+
+def test_norms_head_and_embedding_are_ranked_by_their_own_difference(whole_pair: Pair) -> None:
+    weights, effects, gradients = (
+        whole_scores(ranking, whole_pair) for ranking in ("weight_relative", "activation_weight", "gradient")
+    )
+    activations = whole_scores("activation_global", whole_pair)
+    base, source = (untie(load_model(folder, dtype="float32")) for folder in (whole_pair.base, whole_pair.source))
+    (batch,) = whole_pair.batches()
+    with torch.enable_grad():
+        for name in ("model.norm", "lm_head", "model.embed_tokens"):
+            base.get_submodule(name).weight.requires_grad_(True)
+        decoded = base.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).last_hidden_state
+        logits_NV = base.lm_head(decoded[batch.predicts_BT])
+        cross_entropy(logits_NV, batch.targets_N).backward()
+    hidden_NH, ids_N = decoded[batch.predicts_BT].detach(), batch.ids_BT[batch.predicts_BT]
+    own = {
+        "model.norm": lambda delta: hidden_NH / base.model.norm.weight.detach() * delta[:, 0],
+        "lm_head": lambda delta: hidden_NH @ delta.T,
+        "model.embed_tokens": lambda delta: delta[:, ids_N].T,
+    }
+    for name, effect in own.items():
+        before, after = (as_rows(name, model.get_submodule(name).weight.detach()) for model in (base, source))
+        difference = after - before
+        assert difference.any()
+        torch.testing.assert_close(weights[name], difference.double().square().mean(1).sqrt())
+        wanted = effect(difference).abs().mean(0).double()
+        torch.testing.assert_close(effects[name], wanted, rtol=0.02, atol=0.02 * float(wanted.max()))
+        wanted = (as_rows(name, base.get_submodule(name).weight.grad) * difference).sum(1).abs().double()
+        torch.testing.assert_close(gradients[name], wanted, rtol=0.1, atol=0.05 * float(wanted.max()))
+        assert activations[name].shape == (len(difference),)
+        assert activations[name].max() > 0
+    moved = (source.model.embed_tokens(ids_N) - base.model.embed_tokens(ids_N)).abs().mean(0).double()
+    torch.testing.assert_close(
+        activations["model.embed_tokens"], moved.detach(), rtol=0.02, atol=0.02 * moved.max().item()
+    )
 
 
 @pytest.mark.parametrize("ranking", ["activation_relative", "activation_weight", "gradient"])

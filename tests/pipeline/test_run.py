@@ -14,6 +14,7 @@ from rich.console import Console
 
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import read_artifact
+from act_serve.delta.channels import OUTSIDE, kind_of
 from act_serve.errors import BuildError, PairMismatchError, ProfileError, RetentionError, UnknownAbilityError
 from act_serve.models.answering import answers
 from act_serve.models.examples import Example
@@ -88,6 +89,35 @@ def test_build_publishes_the_planted_rows(tmp_path: Path, pair: dict[str, list[i
     assert evaluation["composed_with"] == {}
     for word in ("transfer", "finetune", "memory", "published"):
         assert word in said
+
+
+def test_norms_head_and_embedding_are_built_and_trained_where_included(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", tied=True)
+    planted = plant(base, tmp_path / "source", p=P, scale=0.3, include=OUTSIDE)
+    localize = {"p": P, "calibration_items": 5, "ranking": "weight_per_module"}
+    without, _ = build(tmp_path, profile_file(tmp_path, localize=localize))
+    assert all(kind_of(name) == "linear" for name in read_artifact(without)[1])
+    localize["include"] = ["norms", "lm_head", "embedding"]
+    plain, _ = build(tmp_path, profile_file(tmp_path, localize=localize, finetune={"steps": 0}))
+    artifact, said = build(tmp_path, profile_file(tmp_path, localize=localize))
+    assert "linear + embedding + lm_head + norms parameters" in said
+    manifest, deltas = read_artifact(artifact)
+    assert {kind_of(name) for name in deltas} == {"linear", *OUTSIDE}
+    for name in ("model.norm", "model.layers.0.input_layernorm"):  # of lm_head, the tied source changes every row
+        assert set(deltas[name].rows.tolist()) == set(planted[name])
+    assert (manifest.modules["lm_head"].out_features, manifest.modules["lm_head"].in_features) == (259, 32)
+    assert (manifest.modules["model.norm"].out_features, manifest.modules["model.norm"].in_features) == (32, 1)
+    assert (manifest.modules["model.embed_tokens"].out_features, deltas["model.embed_tokens"].delta.shape[1]) == (
+        32,
+        259,
+    )
+    before = read_artifact(plain)[1]
+    trained = {kind_of(name) for name in deltas if not torch.equal(deltas[name].delta, before[name].delta)}
+    assert trained == {"linear", *OUTSIDE}
+    scores = {score.task: score for score in manifest.scores}
+    assert abs(scores["demo_nll"].transfer - scores["demo_nll"].source) < abs(
+        scores["demo_nll"].base - scores["demo_nll"].source
+    )
 
 
 def test_second_build_keeps_every_stage_and_counts_up(tmp_path: Path, pair: dict[str, list[int]]) -> None:
