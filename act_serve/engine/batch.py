@@ -66,6 +66,8 @@ class BatchTable:
             self.abilities = abilities
         self._compositions, self._sampled_ids, self._sampled = compositions, sampled_ids, None
         self.weights = self._weights_of(ids_T)
+        if sampled_ids == ids_T:  # as in every step that only decodes: the kernels' tables are made once
+            self._sampled = self.weights
 
     def _weights_of(self, adapter_ids: Sequence[int]) -> TokenWeights:
         ids, inverse_T = np.unique(np.asarray(adapter_ids, dtype=np.int64), return_inverse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from act_serve.delta.fit import ModuleShape
 from act_serve.delta.manifest import TENSORS_FILE
 from act_serve.engine.admission import Admission, split_model
 from act_serve.errors import ArtifactDamagedError, BaseMismatchError, RequestError, StoreError, UnknownAbilityError
-from tests.abilities_for_tests import bias_names, linear_shapes, publish_random
+from tests.abilities_for_tests import bias_names, linear_shapes, outside_shapes, publish_random
 
 
 @pytest.fixture
@@ -87,6 +88,21 @@ async def test_modules_the_engine_cannot_change_are_refused(store: Store, tiny_l
     wider = {name: ModuleShape(shape.out_features, shape.in_features + 1) for name, shape in modules.items()}
     with pytest.raises(BaseMismatchError, match="in the served model"):
         await Admission(store, fingerprint_model(tiny_llama), wider).pin(Composition.parse("fr"))
+
+
+async def test_norms_head_and_embedding_are_checked_as_all_others(tmp_path: Path, tiny_llama: Path) -> None:
+    store, fingerprint = Store(tmp_path / "whole"), fingerprint_model(tiny_llama)
+    publish_random(store, tiny_llama, "all", seed=1, outside=True)
+    shapes = {name: ModuleShape(*shape) for name, shape in outside_shapes(tiny_llama).items()}
+    modules = modules_of(tiny_llama) | shapes
+    assert (await Admission(store, fingerprint, modules).pin(Composition.parse("all"))).pinned
+    for name, (rows, length, _) in ((name, astuple(shape)) for name, shape in shapes.items()):
+        other = modules | {name: ModuleShape(rows, length + 1)}
+        with pytest.raises(BaseMismatchError, match=f"{name} is {rows} x {length} in the artifact"):
+            await Admission(store, fingerprint, other).pin(Composition.parse("all"))
+        without = {module: shape for module, shape in modules.items() if module != name}
+        with pytest.raises(BaseMismatchError, match=f"changes {name}, .* localize.include"):
+            await Admission(store, fingerprint, without).pin(Composition.parse("all"))
 
 
 async def test_damage_is_found_and_the_other_version_still_serves(admission: Admission, store: Store) -> None:

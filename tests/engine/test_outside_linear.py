@@ -16,7 +16,7 @@ from tests.abilities_for_tests import pinned, publish_random
 from tests.engine.conftest import running_engine
 from tests.engine.mixed_batch import PROMPTS, check_answers, serve_mixed
 from tests.engine.test_exactness import Requests, forced
-from tests.engine.test_families import SHAPE
+from tests.engine.test_families import SHAPE, _compiled
 from tests.tiny_models import make_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -67,8 +67,10 @@ def test_mixed_batch_equals_the_exported_checkpoints(
     for seed in (1, 2):
         publish_random(store, base, f"r{seed}", seed=seed, share=0.1, scale=0.1, outside=True)
     publish_random(store, base, "plain", seed=3, share=0.1, scale=0.1)
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for the question below
     with running_engine(base, store, dtype="float32", max_model_len=256, **options) as llm:
         answers = serve_mixed(llm, store, COMPOSITIONS)
+        assert set(llm.collective_rpc(_compiled)) == {not options.get("enforce_eager", True)}
     check_answers(answers, lambda text: exported(base, store, text, tmp_path / f"merged {text}"))
     assert len({tuple(answer.tokens) for answer in answers}) == len(answers), "every composition says something else"
 

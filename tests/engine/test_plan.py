@@ -15,13 +15,17 @@ from vllm.distributed.parallel_state import (
     init_distributed_environment,
     initialize_model_parallel,
 )
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from act_serve.delta.fit import ModuleShape
 from act_serve.engine.plan import plan_layers
 
 HIDDEN, HEAD = 64, 16
@@ -55,6 +59,40 @@ def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
         destroy_model_parallel()
         destroy_distributed_environment()
+
+
+class Model(torch.nn.Module):
+    """What lies outside the linear modules, and norms that are not the checkpoint's or not plain."""
+
+    def __init__(self, tokens: int = 100, added: int = 0) -> None:
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.embed_tokens = VocabParallelEmbedding(tokens + added, HIDDEN, org_num_embeddings=tokens)
+        self.model.norm = RMSNorm(HIDDEN)
+        self.model.k_norm = RMSNorm(HIDDEN, var_hidden_size=HEAD)
+        self.model.q_norm = RMSNorm(HIDDEN, has_weight=False)
+        self.model.input_layernorm = GemmaRMSNorm(HIDDEN)
+        self.model.kv_a_layernorm = RMSNorm(HIDDEN)
+        self.lm_head = ParallelLMHead(tokens, HIDDEN)
+        self.logits_processor = LogitsProcessor(tokens)
+
+
+def test_plain_norms_head_and_embedding_are_planned() -> None:
+    plans = {plan.name: plan for plan in plan_layers(Model())}
+    assert {name: (plan.kind, plan.parts[0].shape, plan.width) for name, plan in plans.items()} == {
+        "model.embed_tokens": ("embedding", ModuleShape(HIDDEN, 100), 100),
+        "model.norm": ("norms", ModuleShape(HIDDEN, 1), 1),
+        "lm_head": ("lm_head", ModuleShape(100, HIDDEN), HIDDEN),
+    }
+    assert all(part.module == name and part.start == 0 for name, plan in plans.items() for part in plan.parts)
+
+
+def test_head_and_embedding_are_left_out_where_their_product_or_lookup_is_another_s() -> None:
+    assert [plan.name for plan in plan_layers(Model(), vocabulary=False)] == ["model.norm"]
+    other_dtype = Model()
+    other_dtype.logits_processor.head_dtype = torch.float64
+    assert "lm_head" not in {plan.name for plan in plan_layers(other_dtype)}
+    assert "model.embed_tokens" not in {plan.name for plan in plan_layers(Model(added=4))}
 
 
 def test_only_layers_that_multiply_through_their_method_are_planned() -> None:

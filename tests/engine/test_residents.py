@@ -15,12 +15,14 @@ from act_serve.delta.artifact import ModuleDelta
 from act_serve.delta.fit import ModuleShape
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.batch import BatchTable
-from act_serve.engine.layers import DeltaLayer
+from act_serve.engine.layers import DeltaLayer, HeadLayer
 from act_serve.engine.plan import LayerPlan, Part, whole_modules
 from act_serve.engine.residents import ResidentAbilities
 from act_serve.errors import EngineError
 from act_serve.home import cache_home
 from act_serve.kernels.dispatch import choose_add_rows
+from act_serve.kernels.rows import AbilityRows
+from act_serve.kernels.torch_impl import add_rows_torch
 
 IN, OUT = 12, {"q": 10, "k": 6}
 
@@ -166,6 +168,43 @@ def test_the_stages_of_a_pipeline_share_out_the_rows() -> None:
         staged = ResidentAbilities([plan], [layer], torch.device("cpu"), 1 << 20, other_stages=[there])
         (rows,) = staged.prepare(key, modules)
         assert torch.equal(rows.delta_NI, modules[here].delta)
+
+
+def test_lm_head_has_the_weights_of_what_is_sampled_once_a_step() -> None:
+    key, batch = AbilityKey("a", 1, "0" * 12), BatchTable()
+    head = HeadLayer("lm_head", batch, add_rows_torch)
+    head.resident[key] = AbilityRows(torch.tensor([2], dtype=torch.int32), torch.ones(1, IN))
+    x_SI = torch.ones(2, IN)
+
+    def added(positions: int = 2) -> list[float]:
+        y_SO = torch.zeros(positions, 4)
+        head.add(x_SI[:positions], y_SO)
+        return y_SO[:, 2].tolist()
+
+    batch.begin_step()
+    batch.fill((1, 1, 1, 0, 2, 2), {1: {key: 1.0}, 2: {key: 0.5}}, sampled_ids=(1, 2))
+    assert added() == [IN, IN / 2]
+    assert added() == [0, 0], "logits of a prompt, and it isn't known whose"
+    batch.begin_step()
+    assert added() == [IN, IN / 2], "the same tables serve the next step"
+    batch.begin_step()
+    with pytest.raises(EngineError, match="logits of 1 positions and announced 2"):
+        added(1)
+    batch.begin_step()
+    batch.fill((2, 1), {1: {key: 1.0}, 2: {key: 0.5}}, sampled_ids=(2, 1))
+    assert added() == [IN / 2, IN]
+    batch.begin_step()
+    batch.clear()
+    assert added() == [0, 0]
+
+
+def test_a_layer_without_rows_of_the_step_s_abilities_is_left_alone() -> None:
+    key, batch, calls = AbilityKey("a", 1, "0" * 12), BatchTable(), []
+    layer = DeltaLayer("norm", batch, lambda *_: calls.append(1))
+    layer.resident[key] = AbilityRows(torch.empty(0, dtype=torch.int32), torch.empty(0, 1))
+    batch.fill((1,), {1: {key: 1.0}})
+    layer.add(torch.ones(1, 4), torch.ones(1, 4))
+    assert not calls
 
 
 def test_modules_are_those_that_the_workers_have_together() -> None:
