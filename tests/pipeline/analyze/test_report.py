@@ -12,8 +12,10 @@ import yaml
 from rich.console import Console
 
 from act_serve.abilities.store import Store
+from act_serve.delta.channels import OUTSIDE
 from act_serve.errors import BuildError, ProfileError
 from act_serve.pipeline.analyze.analysis import Options, analyze
+from act_serve.pipeline.analyze.measure_channels import measure_heat_map
 from act_serve.pipeline.analyze.report import prepare_folder, write_report
 from act_serve.pipeline.analyze.subject import open_subjects
 from act_serve.pipeline.progress import Screen
@@ -74,6 +76,25 @@ def test_planted_rows_carry_the_difference(numbers: dict[str, Any]) -> None:
     for record in numbers["records"]["concentration"]:
         assert record["top_shares"]["0.125"] > 2 * P
         assert record["channels"] == 512
+
+
+def test_norms_head_and_embedding_are_analysed_where_included(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    plant(base, tmp_path / "left", p=P, scale=0.3, include=OUTSIDE)
+    localize = {"p": P, "calibration_items": 12, "include": list(OUTSIDE), "ranking": "activation_weight"}
+    made = profile(tmp_path, "left", "abcdefgh", localize=localize, finetune={"steps": 0})
+    screen = Screen(Console(file=io.StringIO()))
+    build(made, store=Store(tmp_path / "store"), work=tmp_path / "work" / "left", screen=screen)
+    said = io.StringIO()
+    subjects = open_subjects([made], tmp_path / "work", Screen(Console(file=said)))
+    found = analyze(subjects, Options(shares=(P,)))
+    write_report(found, subjects, tmp_path / "out")
+    assert "calibrate              kept from an earlier run" in said.getvalue()
+    records = json.loads((tmp_path / "out" / "analysis.json").read_text())["records"]
+    assert records["concentration"][0]["channels"] == 512 + 5 * 32 + 259 + 32
+    shares = measure_heat_map(subjects[0]).mask_shares
+    assert shares.keys() >= {"norm", "lm_head", "embed_tokens", "input_layernorm", "q_proj"}
+    assert shares["lm_head"].keys() == {0}
 
 
 def test_chosen_rows_are_the_planted_ones(planted: Path, report: Path) -> None:
