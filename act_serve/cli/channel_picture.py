@@ -27,9 +27,9 @@ def change_sizes(deltas: Mapping[str, "ModuleDelta"]) -> Grid:
 def lines(grid: Grid) -> list[str]:
     """One line per projection, one character per layer, the darkest for the highest value."""
     highest = max(value for layers in grid.values() for value in layers.values())
-    last = _last_layer(grid)
+    last, width = _last_layer(grid), max(10, *map(len, grid))
     return [
-        f"{projection:>10} │{''.join(_shade(layers.get(layer, 0.0), highest) for layer in range(last + 1))}│"
+        f"{projection:>{width}} │{''.join(_shade(layers.get(layer, 0.0), highest) for layer in range(last + 1))}│"
         for projection, layers in grid.items()
     ]
 

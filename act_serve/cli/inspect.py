@@ -58,7 +58,8 @@ def _facts(manifest: "Manifest") -> list[tuple[str, str]]:
 def _origin(manifest: "Manifest") -> list[tuple[str, str]]:
     facts = []
     if how := manifest.localization:
-        facts.append(("localized by", f"{how.ranking}, p = {how.p:g}, λ = {how.strength:g}, seed {how.seed}"))
+        of = " + ".join(("linear", *how.include))
+        facts.append(("localized by", f"{how.ranking}, p = {how.p:g} of {of}, λ = {how.strength:g}, seed {how.seed}"))
         facts.append(("fine-tuned", f"{how.fine_tune_steps} steps on these rows alone"))
     if merge := manifest.merge:
         parents = " + ".join(f"{p.name}@{p.version}*{p.weight:g}" for p in merge.parents)

@@ -52,6 +52,7 @@ class Localization(_Strict):
         seed: seed of sampling and training.
         calibration: sha256 of the calibration texts.
         fine_tune_steps: optimizer steps that trained the masked rows after the transfer; 0 for transfer only.
+        include: kinds of channels that were ranked beside those of the linear modules, such as ``norms``.
     """
 
     ranking: str
@@ -60,6 +61,7 @@ class Localization(_Strict):
     seed: int
     calibration: Sha256
     fine_tune_steps: NonNegativeInt
+    include: tuple[str, ...] = ()
 
 
 class Parent(_Strict):

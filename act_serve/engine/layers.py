@@ -85,8 +85,10 @@ class HeadLayer(DeltaLayer):
         Raises:
             EngineError: there are fewer positions than vLLM has announced, so that it is not known whose they are.
         """
+        if self.batch.weights is None or not self._changes():
+            return
         weights = self.batch.take_sampled()
-        if weights is None or not self._changes():
+        if weights is None:
             return
         if len(x_TI) < len(weights.weight_TA):
             raise EngineError(

@@ -42,7 +42,7 @@ class AbilityWorker(_Worker):
     """The platform's worker; its model runner asks an :class:`AbilityManager` where it would ask vLLM's for LoRA."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; the model's linear layers get their delta layers.
+        """As vLLM's; the model's layers get their delta layers.
 
         Raises:
             EngineError: LoRA is not enabled, or a step's tokens would not all come to one forward pass.

@@ -38,6 +38,7 @@ class Origin:
             seed=settled.seed,
             calibration=examples_hash(self.calibration),
             fine_tune_steps=settled.finetune.steps,
+            include=settled.localize.include,
         )
         source = settled.source.model or f"trained from {base.name} on the profile's data"
         return Descent(source, fingerprint_model(self.source), localization)

@@ -27,7 +27,7 @@ def train_source(
     """Trains every linear channel of `base` on `examples` and saves the model in `folder`, atomically.
 
     Embedding, norms and lm_head stay as they are: only then does the whole difference to the base lie in channels
-    that a delta can carry. Raises BuildError when training diverges.
+    that are ranked where a profile includes no others. Raises BuildError when training diverges.
     """
     torch.manual_seed(seed)
     model, tokenizer = load_model(base), load_tokenizer(base)

@@ -54,10 +54,12 @@ def quantise(folder: Path) -> None:
 @torch.inference_mode()
 def layer_outputs(model: torch.nn.Module) -> dict[str, list[Any]]:
     """In the worker: of every layer an input, vLLM's own output, and that with the resident abilities; as lists."""
+    from vllm.model_executor.layers.linear import LinearBase
+
     found = {}
     for name, layer in model.named_modules():
         method: Any = getattr(layer, "quant_method", None)
-        if isinstance(method, DeltaLinearMethod):
+        if isinstance(layer, LinearBase) and isinstance(method, DeltaLinearMethod):
             delta = method.delta_layer
             x_TI = torch.randn(5, layer.input_size, generator=torch.Generator().manual_seed(0))
             y_TO = method.wrapped_apply(layer, x_TI, layer.bias)

@@ -103,6 +103,8 @@ def test_norms_head_and_embedding_are_built_and_trained_where_included(tmp_path:
     assert "linear + embedding + lm_head + norms parameters" in said
     manifest, deltas = read_artifact(artifact)
     assert {kind_of(name) for name in deltas} == {"linear", *OUTSIDE}
+    assert set(manifest.localization.include) == set(OUTSIDE)
+    assert read_artifact(without)[0].localization.include == ()
     for name in ("model.norm", "model.layers.0.input_layernorm"):  # of lm_head, the tied source changes every row
         assert set(deltas[name].rows.tolist()) == set(planted[name])
     assert (manifest.modules["lm_head"].out_features, manifest.modules["lm_head"].in_features) == (259, 32)
