@@ -32,7 +32,7 @@ from act_serve.engine.plan import Part, plan_layers, whole_modules
 from act_serve.engine.residents import ResidentAbilities
 from act_serve.errors import ArtifactDamagedError, EngineError
 from act_serve.home import cache_home
-from act_serve.kernels.dispatch import AddRows, choose_add_rows
+from act_serve.kernels.dispatch import choose_add_rows
 from act_serve.kernels.rows import AbilityRows
 
 logger = init_logger("vllm.act_serve")
@@ -156,7 +156,7 @@ class AbilityManager:
             # Norms and the embedding lie in the graphs too, and have no form that reads tables; lm_head does not.
             plans = [plan for plan in plans if plan.kind in ("linear", "lm_head")]
             make_linear = partial(GraphDeltaLayer, tables=self._graphs)
-        layers = [attach(plan, self._batch, kernels[plan.dtype], make_linear) for plan in plans]
+        layers: list[Any] = [attach(plan, self._batch, kernels[plan.dtype], make_linear) for plan in plans]
         parts = [part for plan in plans for part in plan.parts]
         self.modules = whole_modules(self._gather(parts))
         if self._graphs is not None:

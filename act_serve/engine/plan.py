@@ -99,7 +99,11 @@ class LayerPlan:
         """
         found = [(p, modules[p.module], p.of(modules[p.module].rows)) for p in self.parts if p.module in modules]
         count = sum(mine.stop - mine.start for _, _, mine in found)
-        rows, delta = memory.empty([count], torch.int32), memory.empty([count, self.width], dtype)
+        rows = memory.empty([count], torch.int32)
+        if self.kind == "embedding":  # looked up by token, so that a token's values lie side by side
+            delta = memory.empty([self.width, count], dtype).t()
+        else:
+            delta = memory.empty([count, self.width], dtype)
         biased = self.adds_bias and any(
             module.bias_delta is not None and bool(module.bias_delta[mine].any()) for _, module, mine in found
         )

@@ -122,10 +122,7 @@ class ResidentAbilities:
             # have when the steps' stream reads what it writes.
             place_O = places_of(segment.rows, plan.out_features).to(self._device)
         bias_N = None if segment.bias_delta is None else segment.bias_delta.to(self._device)
-        delta_NI = segment.delta
-        if plan.kind == "embedding":  # the same values, with those of one token side by side, where they are looked up
-            delta_NI = delta_NI.t().contiguous().t()
-        return AbilityRows(segment.rows.to(self._device), delta_NI.to(self._device), bias_N, place_O)
+        return AbilityRows(segment.rows.to(self._device), segment.delta.to(self._device), bias_N, place_O)
 
     def _make_room(self, key: AbilityKey, size: int, in_use: Collection[AbilityKey], over_budget: bool) -> None:
         idle = [other for other in self._bytes if other not in in_use]
