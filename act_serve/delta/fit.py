@@ -44,7 +44,8 @@ def check_modules(manifest: Manifest, modules: Mapping[str, ModuleShape], *, wha
             raise BaseMismatchError(
                 f"{what} changes {name}, which this engine can't change per request: it changes norms that are a plain "
                 "RMSNorm, and lm_head and embedding where there is no speculative decoding and logits have the model's "
-                "dtype; rebuild the ability without it in localize.include, or start the engine otherwise"
+                "dtype; neither norms nor the embedding in CUDA graphs. Rebuild the ability without it in "
+                "localize.include, or start the engine otherwise"
             )
         if shape is None:
             raise BaseMismatchError(
