@@ -38,6 +38,7 @@ from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.engine import manager as manager_module
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.graph_limits import GraphLimits
+from act_serve.engine.graph_tables import GraphDeltaLayer
 from act_serve.engine.layers import DeltaLinearMethod
 from act_serve.engine.manager import AbilityManager
 from act_serve.engine.resolver import adapter_request
@@ -149,7 +150,11 @@ class Model:
 
     def __init__(self, model: torch.nn.Module) -> None:
         layers = [(layer, layer.quant_method) for layer in model.modules() if hasattr(layer, "quant_method")]
-        self.layers = [(layer, method) for layer, method in layers if isinstance(method, DeltaLinearMethod)]
+        self.layers = [
+            (layer, method)
+            for layer, method in layers
+            if isinstance(method, DeltaLinearMethod) and isinstance(method.delta_layer, GraphDeltaLayer)
+        ]  # all but lm_head, whose logits are computed outside the graphs
         tokens = SIZES[-1] + 5
         self.x = [torch.empty(tokens, layer.input_size) for layer, _ in self.layers]
         self.y = [torch.empty(tokens, layer.output_size) for layer, _ in self.layers]
