@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from act_serve.delta.artifact import (
     serialize_modules,
     write_artifact,
 )
+from act_serve.delta.channels import OUTSIDE, kind_of
 from act_serve.delta.composition import Composition, WeightedAbility
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.manifest import Localization, Manifest, Stored
@@ -60,19 +62,18 @@ def bias_names(base: Path) -> set[str]:
 
 
 def random_modules(
-    base: Path, seed: int, share: float = 0.05, scale: float = 0.02, outside: bool = False
+    base: Path, seed: int, share: float = 0.05, scale: float = 0.02, outside: bool | Collection[str] = False
 ) -> dict[str, ModuleDelta]:
     """Random rows in every projection, and in the biases where there are any.
 
-    With ``outside`` in norms, lm_head and embedding as well.
+    With ``outside`` in norms, lm_head and embedding as well, or in those of these kinds.
     """
     generator = torch.Generator().manual_seed(seed)
     biases = bias_names(base)
     modules = {}
-    for name, (out_features, in_features) in {
-        **linear_shapes(base),
-        **(outside_shapes(base) if outside else {}),
-    }.items():
+    kinds = OUTSIDE if outside is True else outside or ()
+    more = {name: shape for name, shape in outside_shapes(base).items() if kind_of(name) in kinds}
+    for name, (out_features, in_features) in {**linear_shapes(base), **more}.items():
         k = max(1, round(out_features * share))
         rows = torch.randperm(out_features, generator=generator)[:k].sort().values.int()
         delta = (torch.randn(k, in_features, generator=generator) * scale).bfloat16()

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from act_serve.abilities.store import Store
+from act_serve.delta.channels import kind_of
 from act_serve.pipeline.compose import artifacts_of, compose
 from act_serve.pipeline.export import export_hf
 from tests.abilities_for_tests import pinned, publish_random
@@ -64,13 +65,17 @@ def test_mixed_batch_equals_the_exported_checkpoints(
     if options.keys() & {"tensor_parallel_size", "pipeline_parallel_size"}:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     base, store = make(tmp_path / "base", family), Store(tmp_path / "store")
+    compiled = not options.get("enforce_eager", True)
+    kinds = {"lm_head", "embedding"} if compiled else {"lm_head", "embedding", "norms"}
     for seed in (1, 2):
-        publish_random(store, base, f"r{seed}", seed=seed, share=0.1, scale=0.1, outside=True)
+        publish_random(store, base, f"r{seed}", seed=seed, share=0.1, scale=0.1, outside=kinds)
     publish_random(store, base, "plain", seed=3, share=0.1, scale=0.1)
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for the question below
     with running_engine(base, store, dtype="float32", max_model_len=256, **options) as llm:
         answers = serve_mixed(llm, store, COMPOSITIONS)
-        assert set(llm.collective_rpc(_compiled)) == {not options.get("enforce_eager", True)}
+        assert set(llm.collective_rpc(_compiled)) == {compiled}
+        (modules, *_) = llm.collective_rpc("ability_modules")
+        assert {kind_of(name) for name in modules} == {"linear", *kinds}, "norms of compiled models are left alone"
     check_answers(answers, lambda text: exported(base, store, text, tmp_path / f"merged {text}"))
     assert len({tuple(answer.tokens) for answer in answers}) == len(answers), "every composition says something else"
 
