@@ -24,6 +24,9 @@ inline bool allowed() {
   return yes;
 }
 
+// Before the unit reads it: GCC's intrinsics do not tell the compiler that they do, or not of the whole of it.
+inline void written(const void* memory) { asm volatile("" ::"r"(memory) : "memory"); }
+
 // All eight tiles whole: 0 to 3 sums, 4 and 5 rows, 6 and 7 tokens. What was set up before comes back at the end;
 // oneDNN remembers what it set up and does not do it again.
 class Setup {
@@ -31,6 +34,7 @@ class Setup {
   Setup() {
     alignas(64) uint8_t mine[64] = {1};  // palette 1; bytes of a row from 16 on, rows from 48 on
     for (int tile = 0; tile < 8; tile++) mine[16 + 2 * tile] = 64, mine[48 + tile] = kSide;
+    written(mine);
     _tile_storeconfig(before_);
     _tile_loadconfig(mine);
   }
@@ -40,9 +44,6 @@ class Setup {
  private:
   alignas(64) uint8_t before_[64];
 };
-
-// Before tiles are loaded: GCC's intrinsics do not tell the compiler that they read memory.
-inline void written() { asm volatile("" ::: "memory"); }
 
 inline void transpose(__m512i row[kSide]) {  // 16 x 16 values of 32 bits
   __m512i pairs[kSide], fours[kSide], eights[kSide];
@@ -84,7 +85,7 @@ class Panel {
       transpose(row);
       for (int i = 0; i < kSide; i++) _mm512_storeu_si512(memory_.data() + (block * kSide + i) * kFeatures, row[i]);
     }
-    written();
+    written(memory_.data());
   }
   const uint16_t* block(int64_t number) const { return memory_.data() + number * kSide * kFeatures; }
 
@@ -121,7 +122,7 @@ void multiply(const uint16_t* rows, int64_t features, const Panel* panels, float
       const uint16_t* from = rows + r * features + whole * kFeatures;
       _mm512_store_si512(rest + r * kFeatures, _mm512_maskz_loadu_epi16(first(features % kFeatures), from));
     }
-    written();
+    written(rest);
     step(rest, kFeatures, whole);
   }
   alignas(64) __m512i sums[kSide];
