@@ -86,12 +86,13 @@ class LayerPlan:
         """Number of outputs that this worker computes, O."""
         return sum(len(part.rows) for part in self.parts)
 
-    def segment(self, modules: Mapping[str, ModuleDelta], dtype: torch.dtype, memory: RowMemory) -> ModuleDelta:
-        """A copy of an ability's rows in the layer's local output; possibly none.
+    def segment(self, modules: Mapping[str, ModuleDelta], memory: RowMemory) -> ModuleDelta:
+        """A copy of an ability's rows in the layer's local output, in the layer's dtype; possibly none.
+
+        Every value is moved and converted once.
 
         Args:
             modules: the ability's delta by checkpoint module, rows ascending.
-            dtype: of the copied values; every value is moved and converted once.
             memory: where the copy lies.
 
         Returns:
@@ -101,13 +102,13 @@ class LayerPlan:
         count = sum(mine.stop - mine.start for _, _, mine in found)
         rows = memory.empty([count], torch.int32)
         if self.kind == "embedding":  # looked up by token, so that a token's values lie side by side
-            delta = memory.empty([self.width, count], dtype).t()
+            delta = memory.empty([self.width, count], self.dtype).t()
         else:
-            delta = memory.empty([count, self.width], dtype)
+            delta = memory.empty([count, self.width], self.dtype)
         biased = self.adds_bias and any(
             module.bias_delta is not None and bool(module.bias_delta[mine].any()) for _, module, mine in found
         )
-        bias = memory.empty([count], dtype).zero_() if biased else None
+        bias = memory.empty([count], self.dtype).zero_() if biased else None
         end = 0
         for part, module, mine in found:
             here = slice(end, end := end + mine.stop - mine.start)

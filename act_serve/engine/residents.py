@@ -65,7 +65,7 @@ class ResidentAbilities:
             EngineError: not every row found its place.
         """
         memory = RowMemory(self._most_bytes(modules))
-        segments = [plan.segment(modules, plan.dtype, memory) for plan in self._plans]
+        segments = [plan.segment(modules, memory) for plan in self._plans]
         expected = sum(m.rows.numel() for m in modules.values()) - self._elsewhere(modules)
         applied = sum(s.rows.numel() for s in segments)
         if applied != expected:
