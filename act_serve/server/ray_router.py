@@ -87,7 +87,7 @@ class RayUpstream:
         try:
             yield Replica(selection.replica_id, address["url"], headers, lost)
         except BaseException:
-            held.cancel()
+            _cancel(held)
             raise
         finally:  # the client has its answer by now and must not wait for Ray's bookkeeping
             self._finish(self._end(held, watch, choice))
@@ -116,7 +116,7 @@ class RayUpstream:
         try:
             done, _ = await asyncio.wait({watch}, timeout=_END_TIMEOUT_S)
             if not done:
-                held.cancel()
+                _cancel(held)
                 await asyncio.wait({watch}, timeout=_END_TIMEOUT_S)
             await choice.__aexit__(None, None, None)
         finally:
@@ -132,6 +132,12 @@ class RayUpstream:
                 self._listed = {}
             self._listed |= {a["name"]: Replica(a["name"], a["url"], replica_headers(a["token"])) for a in answered}
         return list(self._listed.values())
+
+
+def _cancel(held: DeploymentResponse[Any]) -> None:
+    """Cancels a lease's call; one that Ray could not even send raises its own error here, which its watch has seen."""
+    with suppress(RayError, RayServeException):
+        held.cancel()
 
 
 async def _watch(held: DeploymentResponse[Any], lost: asyncio.Future[str]) -> None:

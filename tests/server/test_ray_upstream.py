@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve.exceptions import ReplicaUnavailableError
+from ray.serve.handle import DeploymentResponse
 
 from act_serve.errors import NotReadyError, OverloadedError
+from act_serve.server.lost import ReplicaLostError, until_lost
 from act_serve.server.ray_router import RayUpstream
 from act_serve.server.route import Route
 
@@ -19,7 +23,7 @@ class Handle:
     """Stands for a deployment without a replica, whose choice of one ends when there is one."""
 
     def __init__(self) -> None:
-        self.hold = SimpleNamespace(choose_replica=self._choose)
+        self.hold = SimpleNamespace(choose_replica=self._choose, dispatch=self._dispatch)
         self.there = asyncio.Event()
         self.choosing, self.left = 0, 0
 
@@ -27,8 +31,15 @@ class Handle:
     async def _choose(self, ask: Any) -> AsyncIterator[Any]:
         self.choosing += 1
         await self.there.wait()
-        yield SimpleNamespace(replica_id="one")
+        yield SimpleNamespace(replica_id="one", replica_metadata={"url": "http://127.0.0.1:1", "token": "t"})
         self.left += 1
+
+    def _dispatch(self, selection: Any, lease: str) -> DeploymentResponse[Any]:
+        """Ray's answer for a replica that has just left."""
+        sent: Future[Any] = Future()
+        sent.set_exception(ReplicaUnavailableError("it has left"))
+        metadata: Any = SimpleNamespace(request_id="r", _by_reference=True)
+        return DeploymentResponse(sent, metadata, _is_router_running_in_separate_loop=True)
 
 
 async def lease(upstream: RayUpstream) -> None:
@@ -63,5 +74,16 @@ async def test_a_client_that_leaves_while_ray_chooses_keeps_no_place() -> None:
         await task
     assert upstream._queue._taken == 1
     handle.there.set()
+    await asyncio.sleep(0.05)
+    assert (handle.left, upstream._queue._taken) == (1, 0)
+
+
+async def test_a_replica_that_leaves_between_choice_and_call_is_lost() -> None:
+    handle: Any = Handle()
+    handle.there.set()
+    upstream = RayUpstream(handle, wait_s=60.0, max_waiting=3, places=1)
+    with pytest.raises(ReplicaLostError, match="ReplicaUnavailableError"):
+        async with upstream.lease(Route()) as replica, until_lost(replica.lost):
+            await asyncio.sleep(60)
     await asyncio.sleep(0.05)
     assert (handle.left, upstream._queue._taken) == (1, 0)
