@@ -55,9 +55,16 @@ async def gaps(session: aiohttp.ClientSession, url: str, stop: asyncio.Event) ->
     return found
 
 
-async def cold_loads(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
-    """Loads every ability while others stream, then asks for each again."""
-    found = {}
+async def cold_loads(
+    session: aiohttp.ClientSession, url: str, process: subprocess.Popen[bytes]
+) -> tuple[dict[str, float], int]:
+    """Loads every ability while others stream, then asks for each again.
+
+    Returns:
+        the figures, and the bytes by which memory grew with the loads beyond what it did with the same traffic later:
+        tokens fill vLLM's cache, which lies in memory that no token has used before.
+    """
+    found, memory = {}, [resident(process)]
     firsts: dict[str, list[float]] = {"cold": [], "warm": []}
     for kind in firsts:
         stop = asyncio.Event()
@@ -68,12 +75,14 @@ async def cold_loads(session: aiohttp.ClientSession, url: str) -> dict[str, floa
             await asyncio.sleep(0.2)
         stop.set()
         between = sorted(gap for stream in await asyncio.gather(*streams) for gap in stream)
+        memory.append(resident(process))
         found[f"{kind}_first_token_ms"] = statistics.median(firsts[kind])
         found[f"{kind}_gap_median_ms"] = statistics.median(between)
         found[f"{kind}_gap_p99_ms"] = between[int(0.99 * (len(between) - 1))]
     found["added_first_token_ms"] = found["cold_first_token_ms"] - found["warm_first_token_ms"]
     found["gap_p99_over_median"] = found["cold_gap_p99_ms"] / found["cold_gap_median_ms"]
-    return found
+    before, loaded, again = memory
+    return found, (loaded - before) - (again - loaded)
 
 
 async def turns(session: aiohttp.ClientSession, urls: dict[str, str]) -> dict[str, float]:
@@ -131,9 +140,7 @@ async def run(rounds: int) -> dict[str, Any]:
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
                 # What a first load and streams take once is not what an ability takes.
                 await asyncio.gather(*(ask(session, urls["room_16"], name, 64) for name in [""] * STREAMS + ["a0"]))
-                before = resident(processes["room_16"])
-                cold = await cold_loads(session, urls["room_16"])
-                grown = (resident(processes["room_16"]) - before) / sum(sizes[1:])
+                cold, grown = await cold_loads(session, urls["room_16"], processes["room_16"])
                 in_turn = await turns(session, urls)
                 growth = await churn(session, urls["room_8"], processes["room_8"], rounds)
         finally:
@@ -141,7 +148,7 @@ async def run(rounds: int) -> dict[str, Any]:
                 process.terminate()
             for process in processes.values():
                 process.wait(60)
-    memory = {"bytes_per_tensor_byte": grown, "growth": growth, "rounds": rounds}
+    memory = {"bytes_per_tensor_byte": grown / sum(sizes[1:]), "growth": growth, "rounds": rounds}
     return {"ability_mib": sizes[0] / 2**20, "cold": cold, "turns": in_turn, "memory": memory}
 
 

@@ -19,9 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from act_serve.delta.durable import sync_folder
@@ -36,8 +35,11 @@ from act_serve.delta.manifest import (
     read_manifest,
 )
 from act_serve.delta.stored_form import dequantise, quantise, rounded
+from act_serve.delta.tensor_views import view_tensors
 from act_serve.errors import ArtifactDamagedError, StoreError
 
+# Hashed while the core's cache holds it.
+_CHUNK_BYTES = 256 << 10
 # Torch has no arithmetic for its narrower floating types.
 _FLOATING = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 
@@ -125,7 +127,8 @@ def write_artifact(folder: Path, manifest: Manifest, tensors: bytes, files: Mapp
         StoreError: the folder exists, or the disk refuses.
         ArtifactDamagedError: the tensors are not what the manifest says.
     """
-    check_tensors(manifest, tensors, what=f"{manifest.name}@{manifest.version}")
+    what = f"{manifest.name}@{manifest.version}"
+    _check_tensors(manifest, bytearray(tensors), hashlib.sha256(tensors).hexdigest(), what)
     if folder.exists():
         raise StoreError(f"{folder} exists already; artifacts are immutable: publish a new version")
     staged: Path | None = None
@@ -145,7 +148,36 @@ def write_artifact(folder: Path, manifest: Manifest, tensors: bytes, files: Mapp
     return folder
 
 
-def read_artifact(folder: Path, what: str | None = None) -> tuple[Manifest, dict[str, ModuleDelta]]:
+class ReadBuffer:
+    """Memory that artifacts are read into, one after the other: new memory takes longer to get than to fill.
+
+    Args:
+        most: bytes that it keeps; a larger file gets memory of its own.
+    """
+
+    def __init__(self, most: int = 64 << 20) -> None:
+        self._most, self._kept = most, bytearray()
+
+    def read(self, path: Path) -> tuple[memoryview, str]:
+        """The bytes of a file, until the next one is read, and their sha256; raises OSError."""
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            memory = self._kept
+            if size > len(memory):
+                memory = bytearray(size)
+                if size <= self._most:
+                    self._kept = memory
+            whole, filled = memoryview(memory)[:size], 0
+            while count := file.readinto(whole[filled : filled + _CHUNK_BYTES]):
+                digest.update(whole[filled : filled + count])
+                filled += count
+        return whole[:filled], digest.hexdigest()
+
+
+def read_artifact(
+    folder: Path, what: str | None = None, buffer: ReadBuffer | None = None
+) -> tuple[Manifest, dict[str, ModuleDelta]]:
     """Reads an artifact and checks everything that can be checked without the base model.
 
     Rows that are stored as int8 come back in bfloat16.
@@ -153,6 +185,7 @@ def read_artifact(folder: Path, what: str | None = None) -> tuple[Manifest, dict
     Args:
         folder: the artifact.
         what: its name in messages, where clients must not learn the folder.
+        buffer: to read it into; what comes back may lie there and holds until the next artifact is read into it.
 
     Raises:
         ArtifactDamagedError: a file is missing or truncated, the hash differs, a tensor is missing, unknown, of
@@ -161,10 +194,10 @@ def read_artifact(folder: Path, what: str | None = None) -> tuple[Manifest, dict
     manifest = read_manifest(folder, what)
     what = what or str(folder)
     try:
-        data = (folder / TENSORS_FILE).read_bytes()
+        data, digest = (buffer or ReadBuffer(0)).read(folder / TENSORS_FILE)
     except OSError as exc:
         raise _unreadable(what, exc) from exc
-    return manifest, check_tensors(manifest, data, what=what)
+    return manifest, _check_tensors(manifest, data, digest, what)
 
 
 def check_size(manifest: Manifest, folder: Path, *, what: str) -> None:
@@ -181,23 +214,19 @@ def check_size(manifest: Manifest, folder: Path, *, what: str) -> None:
         raise _other_size(manifest, size, what)
 
 
-def check_tensors(manifest: Manifest, data: bytes, *, what: str) -> dict[str, ModuleDelta]:
-    """Parses a tensors file and compares it with its manifest, down to every row index.
-
-    Raises:
-        ArtifactDamagedError: see :func:`read_artifact`.
-    """
+def _check_tensors(manifest: Manifest, data: bytearray | memoryview, digest: str, what: str) -> dict[str, ModuleDelta]:
+    """Parses a tensors file and compares it with its manifest, down to every row index; the result lies in ``data``."""
 
     def damaged(reason: str) -> ArtifactDamagedError:
         return _damaged(what, reason)
 
     if len(data) != manifest.counts.bytes:
         raise _other_size(manifest, len(data), what)
-    if hashlib.sha256(data).hexdigest() != manifest.tensors_sha256:
+    if digest != manifest.tensors_sha256:
         raise damaged("its sha256 is not the manifest's")
     try:
-        tensors = load_tensors(data)
-    except SafetensorError as exc:
+        tensors = view_tensors(data)
+    except ValueError as exc:
         raise damaged(f"not a safetensors file ({exc})") from exc
     modules = {}
     for name, entry in manifest.modules.items():
@@ -214,6 +243,9 @@ def check_tensors(manifest: Manifest, data: bytes, *, what: str) -> dict[str, Mo
         if problem := _problem(module, entry):
             raise damaged(f"{name}: {problem}")
         modules[name] = module
+    if disordered := _disordered(manifest, modules):
+        size = manifest.modules[disordered].out_features
+        raise damaged(f"{disordered}: rows are not ascending, unique and in [0, {size})")
     if tensors:
         raise damaged(f"{len(tensors)} tensors are not in the manifest, the first is {min(tensors)[:120]}")
     if count_modules(modules, len(data)) != manifest.counts:
@@ -257,12 +289,23 @@ def _problem(module: ModuleDelta, entry: ModuleEntry) -> str | None:
         return f"delta is {delta.dtype} {tuple(delta.shape)}, not floating ({entry.rows}, {entry.in_features})"
     if bias is not None and (bias.dtype not in _FLOATING or bias.shape != (entry.rows,)):
         return f"bias_delta is {bias.dtype} {tuple(bias.shape)}, not floating ({entry.rows},)"
-    numbers = rows.numpy()  # a fraction of the time that torch takes for so few
-    if numbers[0] < 0 or numbers[-1] >= entry.out_features or (numbers[1:] <= numbers[:-1]).any():
-        return f"rows are not ascending, unique and in [0, {entry.out_features})"
     if not _finite(delta) or (bias is not None and not _finite(bias)):
         return "the delta holds NaN or infinity"
     return None
+
+
+def _disordered(manifest: Manifest, modules: Mapping[str, ModuleDelta]) -> str | None:
+    """The first module whose rows are not ascending, unique and inside it; all at once, in a third of the time."""
+    names = list(modules)
+    rows_R = np.concatenate([modules[name].rows.numpy() for name in names])
+    ends_M = np.cumsum([len(modules[name].rows) for name in names])
+    starts_M = ends_M - [len(modules[name].rows) for name in names]
+    outs_M = np.array([manifest.modules[name].out_features for name in names])
+    falls_R = np.diff(rows_R, prepend=np.int32(-1)) <= 0
+    falls_R[starts_M] = rows_R[starts_M] < 0
+    wrong_M = np.add.reduceat(falls_R, starts_M) > 0
+    wrong_M |= rows_R[ends_M - 1] >= outs_M
+    return names[int(wrong_M.argmax())] if wrong_M.any() else None
 
 
 def _finite(values: torch.Tensor) -> bool:

@@ -6,11 +6,13 @@ costs nothing but an entry in a table; only abilities take memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import parent_process
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
 from act_serve.abilities.store import Store
-from act_serve.delta.artifact import read_artifact
+from act_serve.delta.artifact import ReadBuffer, read_artifact
 from act_serve.delta.composition import Composition
 from act_serve.delta.fingerprint import check_base
 from act_serve.delta.fit import ModuleShape, check_modules
@@ -53,7 +55,7 @@ class _Resolved:
 
 
 def _one_thread() -> ThreadPoolExecutor:
-    """An executor whose thread has none of torch's helpers, which would compete with those of the running step."""
+    """An executor whose thread competes with the running step as little as can be: it has none of torch's helpers."""
     threads = torch.get_num_threads()
     loader = ThreadPoolExecutor(1, "ability-loader")
     # torch keeps the number per thread. A thread gets the one that was set last when it first asks, so asking comes
@@ -61,6 +63,13 @@ def _one_thread() -> ThreadPoolExecutor:
     loader.submit(torch.get_num_threads).result()
     loader.submit(torch.set_num_threads, 1).result()
     torch.set_num_threads(threads)
+    # On CPUs vLLM binds this process to the cores that steps compute on, but not the process that started it
+    # (vllm/utils/ompmultiprocessing.py): the other cores are its scheduler's, which has time to spare.
+    parent = parent_process()
+    if parent is not None and parent.pid is not None and hasattr(os, "sched_setaffinity"):
+        others = os.sched_getaffinity(parent.pid) - os.sched_getaffinity(0)
+        if others:
+            loader.submit(os.sched_setaffinity, 0, others).result()
     return loader
 
 
@@ -92,9 +101,9 @@ class AbilityManager:
         self._batch = BatchTable()
         self._compositions: dict[int, _Resolved] = {}
         self._last_mapping: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-        self._loader = _one_thread()
+        self._loader, self._read_buffer = _one_thread(), ReadBuffer()
         self._loading: dict[AbilityKey, Future[list[AbilityRows]]] = {}
-        self._patience_s = 0.0
+        self._patience_s, self._loaded = 0.0, False
         self.modules: dict[str, ModuleShape] = {}
         self._residents: ResidentAbilities
 
@@ -127,6 +136,7 @@ class AbilityManager:
             # Who asks keeps the budget and says what leaves (engine/seats.py); no step has used these yet, so that
             # they would look idle here.
             self._residents.install(key, rows, in_use=list(self._residents), over_budget=True)
+        self._loaded = self._loaded or bool(prepared)
         return True
 
     def evict(self, key: AbilityKey) -> None:
@@ -214,6 +224,9 @@ class AbilityManager:
                 per position that a token is sampled from; 0 for the base.
         """
         self._batch.begin_step()
+        if self._loaded:  # in the shadow of a step, and not in the way of the one that waited for the ability
+            self._loader.submit(self._residents.prepare_memory)
+            self._loaded = False
         ids_T: tuple[int, ...] = mapping.index_mapping
         if (ids_T, mapping.prompt_mapping) == self._last_mapping:
             return
@@ -278,19 +291,19 @@ class AbilityManager:
     def _load(self, resolved: _Resolved, in_use: set[AbilityKey], over_budget: bool = False) -> bool:
         missing = [key for key in resolved.weights if key not in self._residents]
         for key in missing:
-            started = self._loading.pop(key, None)
-            prepared = started.result() if started else self._prepare(key)
-            self._residents.install(key, prepared, in_use, over_budget)
+            started = self._loading.pop(key, None) or self._loader.submit(self._prepare, key)
+            self._residents.install(key, started.result(), in_use, over_budget)
         return bool(missing)
 
     def _prepare(self, key: AbilityKey) -> list[AbilityRows]:
+        """In the loader's thread only: what is read lies in its buffer until the rows are where they belong."""
         return self._residents.prepare(key, self._read(key))
 
     def _read(self, key: AbilityKey) -> Any:
         """The delta of a stored ability, checked against this model."""
         assert self._store is not None
         what = f"ability {key.name}@{key.version}"
-        manifest, modules = read_artifact(self._store.fetch(key.name, key.version), what)
+        manifest, modules = read_artifact(self._store.fetch(key.name, key.version), what, self._read_buffer)
         if manifest.digest != key.digest or manifest.name != key.name:
             raise ArtifactDamagedError(f"{what} in the store is {manifest.name}~{manifest.digest}, not {key}")
         check_base(manifest.base_fingerprint, self._fingerprint, what=what)

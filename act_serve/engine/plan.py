@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -113,8 +114,8 @@ class LayerPlan:
         for part, module, mine in found:
             here = slice(end, end := end + mine.stop - mine.start)
             # The parts lie one after the other, each with ascending rows, so all are ascending.
-            rows[here] = module.rows[mine] + (part.start - part.rows.start)
-            delta[here] = module.delta[mine, self.columns]
+            np.add(module.rows[mine].numpy(), part.start - part.rows.start, out=rows[here].numpy())
+            delta[here].copy_(module.delta[mine, self.columns])
             if bias is not None and module.bias_delta is not None:
                 bias[here] = module.bias_delta[mine]
         return ModuleDelta(rows, delta, bias)

@@ -10,10 +10,13 @@ from act_serve.delta.artifact import ModuleDelta
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.layers import DeltaLayer
 from act_serve.engine.plan import LayerPlan
-from act_serve.engine.row_memory import RowMemory, rounded_up
+from act_serve.engine.row_memory import SpareMemory, rounded_up
 from act_serve.errors import EngineError
 from act_serve.kernels.row_table import places_of
 from act_serve.kernels.rows import AbilityRows
+
+# A larger ability takes longer than a step, whether its memory is ready or not.
+_MOST_SPARE_BYTES = 64 << 20
 
 
 class ResidentAbilities:
@@ -40,6 +43,7 @@ class ResidentAbilities:
         self._plans, self._layers, self._device, self._max_bytes = plans, layers, device, max_bytes
         self._other_stages = frozenset(other_stages)
         self._bytes: dict[AbilityKey, int] = {}  # least recently used first
+        self._spare = SpareMemory(_MOST_SPARE_BYTES if device.type == "cpu" else 0)
 
     def __contains__(self, key: AbilityKey) -> bool:
         return key in self._bytes
@@ -64,13 +68,17 @@ class ResidentAbilities:
         Raises:
             EngineError: not every row found its place.
         """
-        memory = RowMemory(self._most_bytes(modules))
+        memory = self._spare.take(self._most_bytes(modules))
         segments = [plan.segment(modules, memory) for plan in self._plans]
         expected = sum(m.rows.numel() for m in modules.values()) - self._elsewhere(modules)
         applied = sum(s.rows.numel() for s in segments)
         if applied != expected:
             raise EngineError(f"only {applied} of {expected} rows of ability {key} have a place in this model")
         return [self._on_device(plan, segment) for plan, segment in zip(self._plans, segments, strict=True)]
+
+    def prepare_memory(self) -> None:
+        """Makes memory ready for one more ability like the last one; may run in another thread."""
+        self._spare.renew()
 
     def install(
         self,

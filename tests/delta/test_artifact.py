@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from act_serve.abilities.store import Store
-from act_serve.delta.artifact import ModuleDelta, read_artifact, serialize_modules, write_artifact
+from act_serve.delta.artifact import ModuleDelta, ReadBuffer, read_artifact, serialize_modules, write_artifact
 from act_serve.delta.manifest import MANIFEST_FILE, TENSORS_FILE
 from act_serve.errors import ArtifactDamagedError, StoreError
 from tests.abilities_for_tests import manifest_for, publish_random, random_modules
@@ -139,3 +139,16 @@ def test_bias_is_kept(tiny_qwen: Path, tmp_path: Path) -> None:
     assert bias.shape == modules["model.layers.0.self_attn.q_proj"].rows.shape
     assert isinstance(modules["model.layers.0.mlp.up_proj"], ModuleDelta)
     assert modules["model.layers.0.mlp.up_proj"].bias_delta is None
+
+
+def test_one_buffer_takes_artifacts_of_any_size_in_turn(tiny_qwen: Path, tmp_path: Path) -> None:
+    store, buffer = Store(tmp_path), ReadBuffer(most=10_000)
+    folders = [
+        publish_random(store, tiny_qwen, f"a{n}", seed=n, share=share) for n, share in enumerate([0.1, 0.9, 0.2])
+    ]
+    assert max(f.stat().st_size for folder in folders for f in folder.iterdir()) > 10_000
+    for folder in (*folders, *folders):
+        _, expected = read_artifact(folder)
+        _, found = read_artifact(folder, buffer=buffer)
+        assert all(torch.equal(found[name].delta, module.delta) for name, module in expected.items())
+        assert all(torch.equal(found[name].rows, module.rows) for name, module in expected.items())

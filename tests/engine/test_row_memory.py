@@ -5,7 +5,7 @@ import gc
 import psutil
 import torch
 
-from act_serve.engine.row_memory import RowMemory, rounded_up
+from act_serve.engine.row_memory import RowMemory, SpareMemory, rounded_up
 
 
 def resident_memory() -> int:
@@ -38,3 +38,28 @@ def test_only_what_is_filled_takes_memory_and_only_as_long_as_a_tensor_lives() -
     tensors.clear()
     assert 0.5 < (resident_memory() - before) / size < 2
     assert not kept.any()
+
+
+def test_spare_memory_is_there_before_it_is_taken_and_no_more_than_was_taken() -> None:
+    size = 9_000_000
+    spare = SpareMemory(most=2 * size)
+    taken = spare.take(size)
+    before = resident_memory()
+    spare.renew()
+    spare.renew()
+    assert 0.9 < (resident_memory() - before) / size < 1.1
+    smaller = spare.take(size // 2)
+    assert 0.4 < (resident_memory() - before) / size < 0.6
+    assert smaller.nbytes == size // 2
+    assert smaller.empty((size // 2,), torch.uint8).data_ptr() != taken.empty((1,), torch.uint8).data_ptr()
+
+
+def test_spare_memory_that_is_too_small_or_would_be_too_large_is_not_kept() -> None:
+    spare = SpareMemory(most=9_000_000)
+    spare.take(3_000_000)
+    spare.renew()
+    assert spare.take(6_000_000).nbytes == 6_000_000
+    spare.take(20_000_000)
+    before = resident_memory()
+    spare.renew()
+    assert resident_memory() - before < 1_000_000
