@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -215,6 +217,19 @@ def test_the_loading_thread_takes_none_of_the_step_threads() -> None:
             assert later.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def _cores_of_the_loading_thread(core: int) -> set[int]:
+    os.sched_setaffinity(0, {core})  # as vLLM does with a worker on a CPU
+    return _one_thread().submit(os.sched_getaffinity, 0).result()
+
+
+def test_the_loading_thread_leaves_the_cores_of_the_steps_alone() -> None:
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("there is one core")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
+        assert worker.submit(_cores_of_the_loading_thread, min(cores)).result() == cores - {min(cores)}
 
 
 def test_a_loaded_row_of_each_stored_ability_is_the_stored_one(start: Started, store: Store) -> None:
