@@ -82,11 +82,14 @@ def test_what_safetensors_refuses_is_refused(name: str) -> None:
         load(bytes(WRONG[name]))
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_a_damaged_file_gives_tensors_or_a_reason(seed: int) -> None:
-    draw = random.Random(seed)
-    data = bytearray(save({"a": torch.randn(3, 4), "b": torch.ones(2).int()}))
-    for _ in range(draw.randrange(1, 4)):
-        data[draw.randrange(len(data))] = draw.randrange(256)
-    with suppress(ValueError):
-        view_tensors(data)
+def test_a_damaged_file_gives_tensors_or_a_reason() -> None:
+    draw = random.Random(0)
+    whole, read = save({"a": torch.randn(3, 4), "b": torch.ones(2).int()}), 0
+    for _ in range(1000):
+        data = bytearray(whole)
+        for _ in range(draw.randrange(1, 4)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        with suppress(ValueError):
+            view_tensors(data)
+            read += 1
+    assert 0 < read < 1000
