@@ -296,12 +296,15 @@ def _problem(module: ModuleDelta, entry: ModuleEntry) -> str | None:
 
 def _disordered(manifest: Manifest, modules: Mapping[str, ModuleDelta]) -> str | None:
     """The first module whose rows are not ascending, unique and inside it; all at once, in a third of the time."""
+    if not modules:
+        return None
     names = list(modules)
     rows_R = np.concatenate([modules[name].rows.numpy() for name in names])
     ends_M = np.cumsum([len(modules[name].rows) for name in names])
     starts_M = ends_M - [len(modules[name].rows) for name in names]
     outs_M = np.array([manifest.modules[name].out_features for name in names])
-    falls_R = np.diff(rows_R, prepend=np.int32(-1)) <= 0
+    falls_R = rows_R < 0
+    falls_R[1:] |= rows_R[1:] <= rows_R[:-1]
     falls_R[starts_M] = rows_R[starts_M] < 0
     wrong_M = np.add.reduceat(falls_R, starts_M) > 0
     wrong_M |= rows_R[ends_M - 1] >= outs_M

@@ -84,10 +84,16 @@ def flip_bit(artifact: Path) -> None:
     (artifact / TENSORS_FILE).write_bytes(data)
 
 
-def set_rows(rows: list[int]) -> Callable[[Path], None]:
+def no_modules(artifact: Path) -> None:
+    path = artifact / MANIFEST_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "modules": {}}))
+
+
+def set_rows(rows: list[int], at: int = 0) -> Callable[[Path], None]:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         old = tensors[f"{MODULE}.rows"]
-        tensors[f"{MODULE}.rows"] = torch.tensor((rows + old.tolist())[: len(old)], dtype=torch.int32)
+        start = at % len(old)
+        old[start : start + len(rows)] = torch.tensor(rows[: len(old)])
 
     return lambda artifact: rewrite(artifact, change)
 
@@ -105,6 +111,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "extra tensor": (lambda a: rewrite(a, lambda t: t.update(extra=torch.ones(1))), "not in the manifest"),
     "row out of range": (set_rows([9999]), "ascending, unique"),
     "negative row": (set_rows([-1]), "ascending, unique"),
+    "last rows whose difference is no int32": (set_rows([2**31 - 1, -(2**31)], at=-2), "ascending, unique"),
     "row repeated": (set_rows([0, 0]), "ascending, unique"),
     "rows as int64": (
         lambda a: rewrite(a, lambda t: t.update({f"{MODULE}.rows": t[f"{MODULE}.rows"].long()})), "not int32"),
@@ -118,6 +125,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a version that no composition can name": (lambda a: edit(a, version=10**9), "version"),
     "not a number": (
         lambda a: rewrite(a, lambda t: t[f"{MODULE}.delta"].fill_(float("nan"))), "NaN"),
+    "no modules": (no_modules, "not in the manifest"),
     "wrong counts": (lambda a: edit(a, counts={"channels": 1}), "counts"),
 }  # fmt: skip
 
