@@ -1,7 +1,7 @@
 """The tensors of a safetensors file as views of its bytes. Heavy: imports torch.
 
 safetensors itself copies every tensor out of bytes that it is given, and copies nothing only from a file that it maps,
-where an unreadable page ends the process. A copy of an artifact of 10 MB took a fourth of the time of its loading.
+where an unreadable page ends the process. Copying took 2 to 9 ms for an artifact of 10 MB.
 """
 
 from __future__ import annotations

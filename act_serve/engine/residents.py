@@ -77,7 +77,7 @@ class ResidentAbilities:
         return [self._on_device(plan, segment) for plan, segment in zip(self._plans, segments, strict=True)]
 
     def prepare_memory(self) -> None:
-        """Makes memory ready for one more ability like the last one; may run in another thread."""
+        """Makes memory ready for one more ability like the last one; in the thread that calls :meth:`prepare`."""
         self._spare.renew()
 
     def install(

@@ -61,10 +61,10 @@ class RowMemory:
 
 
 class SpareMemory:
-    """Hands out memory, and keeps one piece ready.
+    """Hands out memory, and keeps one piece ready; for one thread.
 
     In a virtual machine, memory that was never used before has to be found by the host, too. On two cores of one that
-    took 3 ms a MB, twice as long as all the rest of loading.
+    took 3 ms a MB, as long as all the rest of loading.
 
     Args:
         most: bytes of the largest piece that is kept ready.
@@ -72,27 +72,24 @@ class SpareMemory:
 
     def __init__(self, most: int) -> None:
         self._most, self._wanted = most, 0
-        self._ready: list[RowMemory] = []
+        self._ready: RowMemory | None = None
 
     def take(self, nbytes: int) -> RowMemory:
         """A piece of so many bytes."""
         self._wanted = nbytes
-        try:
-            spare = self._ready.pop()
-        except IndexError:
-            return RowMemory(nbytes)
-        if spare.nbytes < nbytes:
+        spare, self._ready = self._ready, None
+        if spare is None or spare.nbytes < nbytes:
             return RowMemory(nbytes)
         spare.shrink(nbytes)
         return spare
 
     def renew(self) -> None:
-        """Makes a piece ready that is as large as the last one taken; takes a while, so that a thread should do it."""
-        if self._ready or not 0 < self._wanted <= self._most:
+        """Makes a piece ready that is as large as the last one taken, which takes a while."""
+        if self._ready is not None or not 0 < self._wanted <= self._most:
             return
         spare = RowMemory(self._wanted)
         spare.prefault()
-        self._ready.append(spare)
+        self._ready = spare
 
 
 def rounded_up(nbytes: int) -> int:
