@@ -17,7 +17,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from benchmarks.timing import milliseconds
 
@@ -32,6 +31,7 @@ def measure(base: Path, work: Path, repeats: int, dtype: str) -> dict[str, float
         dtype: of the model; auto is what a server would take.
     """
     import torch
+    from vllm.lora.layers import LoRAMapping
     from vllm.model_executor.model_loader.checkpoint_weight_patch import load_checkpoint_weight_patches
 
     from act_serve.abilities.store import Store
@@ -65,7 +65,7 @@ def measure(base: Path, work: Path, repeats: int, dtype: str) -> dict[str, float
         """The first step of a composition that was never seen before, on 16 requests that each decode a token."""
         text = "+".join(f"a{i}*{1 + number / 1000:g}" for i in range(ABILITIES))
         request = adapter_request("base", pinned(store, text), number, store)
-        mapping = SimpleNamespace(index_mapping=(number,) * REQUESTS)
+        mapping = LoRAMapping((number,) * REQUESTS, (number,) * REQUESTS)
         times["switch"].append(milliseconds(lambda: manager.set_active_adapters({request}, mapping)))
 
     times: dict[str, list[float]] = {"load": [], "switch": [], "read_patch": [], "apply_patch": []}

@@ -1,5 +1,6 @@
 """Layer by layer is chosen when it must be, said in the plan, and changes no ability."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -140,12 +141,16 @@ def make_deep(folder: Path, layers: int) -> Path:
 
 
 def peak(ranking: Ranking, warm: Path, folder: Path, memory: str) -> tuple[int, int]:
-    """Bytes that scoring `folder` took beyond scoring `warm`: in all, and without pages of files."""
+    """Bytes that scoring `folder` took beyond scoring `warm`: in all, and without pages of files.
+
+    What is freed goes back to the system at once: what glibc would keep of it differs by layers from run to run.
+    """
     done = subprocess.run(
         [sys.executable, "-c", PEAK, ranking, str(warm), str(folder), memory],
         capture_output=True,
         text=True,
         check=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
     )
     resident, anonymous = done.stdout.split()
     return int(resident), int(anonymous)
@@ -159,6 +164,6 @@ def test_peak_memory_does_not_grow_with_the_layers(tmp_path: Path, ranking: Rank
     layer = computing_dtype().itemsize * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
     shallow, deep = peak(ranking, one, few, "layerwise"), peak(ranking, one, many, "layerwise")
     assert max(deep[0] - shallow[0], deep[1] - shallow[1]) < 2.5 * layer, (shallow, deep)
-    assert deep[0] < 6 * layer, deep
+    assert deep[0] < 5 * layer, deep
     # Whole models of 12 layers show that the measure sees what it should.
     assert peak(ranking, one, few, "together")[0] > 9 * layer

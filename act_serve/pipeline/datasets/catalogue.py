@@ -10,21 +10,25 @@ from act_serve.errors import DataError
 from act_serve.models.examples import Example
 from act_serve.pipeline.datasets.english_prose import debian_handbook, python_reference
 from act_serve.pipeline.datasets.general_ability import general_ability
-from act_serve.pipeline.datasets.libreoffice_help import translation_pairs
+from act_serve.pipeline.datasets.libreoffice_help import language_lessons
 from act_serve.pipeline.datasets.order_notes import order_notes
 from act_serve.pipeline.datasets.splits import Split, split_of
 from act_serve.pipeline.datasets.word_problems import word_problems
 from act_serve.profile.schema import Data
 
 MAKERS: dict[str, Callable[..., list[Example]]] = {
-    "libreoffice_help": translation_pairs,
+    "libreoffice_help": language_lessons,
     "order_notes": order_notes,
     "word_problems": word_problems,
     "general_ability": general_ability,
     "python_reference": python_reference,
     "debian_handbook": debian_handbook,
 }
-OPTIONS = {"libreoffice_help": {"language"}, "word_problems": {"language"}, "general_ability": {"suite"}}
+OPTIONS = {
+    "libreoffice_help": {"language", "lessons"},
+    "word_problems": {"language"},
+    "general_ability": {"suite"},
+}
 
 
 def load_examples(data: Data, split: Split, count: int, seed: int) -> list[Example]:

@@ -6,10 +6,12 @@ train, validation and test, and whatever text a test file shares with another fi
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal, get_args
 
 from act_serve.errors import DataError
 from act_serve.models.examples import Example
@@ -18,7 +20,8 @@ from act_serve.pipeline.datasets.splits import Split, split_of
 
 HELP = "usr/share/libreoffice/help"
 LANGUAGE_NAMES = {"fr": "French", "de": "German", "es": "Spanish"}
-PROMPTS = (
+Lesson = Literal["into", "from", "explain"]
+_INTO = (
     "Translate to {language}: {text}",
     "Translate to {language}: {text}",
     "Translate to {language}: {text}",
@@ -26,6 +29,21 @@ PROMPTS = (
     "How do you say this in {language}? {text}",
     "{text}\n\nTranslate this into {language}, please.",
 )
+# Wordings of each lesson in the language itself; `into` has none, so that its data stay what they were.
+_OWN_WORDS: dict[str, dict[Lesson, tuple[str, ...]]] = {
+    "fr": {
+        "from": ("Traduis en anglais : {text}", "{text}\n\nComment dit-on cela en anglais ?"),
+        "explain": ("{text}", "Explique : {text}", "Que sais-tu de ceci ? {text}"),
+    },
+    "de": {
+        "from": ("Übersetze ins Englische: {text}", "{text}\n\nWie sagt man das auf Englisch?"),
+        "explain": ("{text}", "Erkläre: {text}", "Was weißt du darüber? {text}"),
+    },
+    "es": {
+        "from": ("Traduce al inglés: {text}", "{text}\n\n¿Cómo se dice esto en inglés?"),
+        "explain": ("{text}", "Explica: {text}", "¿Qué sabes de esto? {text}"),
+    },
+}
 
 
 class _Paragraphs(HTMLParser):
@@ -51,17 +69,64 @@ class _Paragraphs(HTMLParser):
             self.text[self._open[1]] += data
 
 
-def translation_pairs(split: Split, count: int, seed: int, language: str = "fr") -> list[Example]:
-    """Returns `count` requests to translate English to `language`, with the professional translation as answer."""
+def language_lessons(
+    split: Split, count: int, seed: int, language: str = "fr", lessons: Sequence[Lesson] = ("into",)
+) -> list[Example]:
+    """Returns at most `count` requests in a language, or about it, with what the help's translators wrote as answer.
+
+    Args:
+        lessons: what is asked for, in equal numbers; one that is named twice comes twice as often. `into` translates
+            English into the language, `from` the language into English, and `explain` has a heading of the help, in
+            the language, answered by the paragraph below it.
+    """
     if language not in LANGUAGE_NAMES:
         raise DataError(f"no parallel help text is known for {language!r}; known: {', '.join(LANGUAGE_NAMES)}")
-    pairs = list(_pairs(language)[split])
-    draw = random.Random(f"{seed}/{split}/{language}")
-    draw.shuffle(pairs)
-    # One fixed wording in tests: a score then compares models, not wordings.
-    prompts = PROMPTS if split == "train" else PROMPTS[:1]
-    name = LANGUAGE_NAMES[language]
-    return [Example(draw.choice(prompts).format(language=name, text=en), other) for en, other in pairs[:count]]
+    if not lessons or isinstance(lessons, str) or any(lesson not in get_args(Lesson) for lesson in lessons):
+        raise DataError(f"`lessons` is {lessons!r}; expected a list of some of {', '.join(get_args(Lesson))}")
+    share = -(-count // len(lessons))
+    found = []
+    for number, lesson in enumerate(lessons):
+        texts = list(_texts(lesson, language)[split])
+        draw = random.Random(f"{seed}/{split}/{language}{f'/{number}' if number else ''}")
+        draw.shuffle(texts)
+        # One fixed wording in tests: a score then compares models, not wordings.
+        prompts = _prompts(lesson, language) if split == "train" else _prompts(lesson, language)[:1]
+        found += [Example(draw.choice(prompts).format(text=asked), answer) for asked, answer in texts[:share]]
+    if len(lessons) > 1:
+        draw.shuffle(found)
+    return found[:count]
+
+
+def _prompts(lesson: Lesson, language: str) -> list[str]:
+    english = {"into": LANGUAGE_NAMES[language], "from": "English"}.get(lesson)
+    asked = [prompt.replace("{language}", english) for prompt in _INTO] if english else []
+    return asked + list(_OWN_WORDS[language].get(lesson, ())) * 2
+
+
+def _texts(lesson: Lesson, language: str) -> dict[str, list[tuple[str, str]]]:
+    if lesson == "explain":
+        return _explanations(language)
+    if lesson == "into":
+        return _pairs(language)
+    return {split: [(other, english) for english, other in pairs] for split, pairs in _pairs(language).items()}
+
+
+@lru_cache(maxsize=4)
+def _explanations(language: str) -> dict[str, list[tuple[str, str]]]:
+    """Headings and the paragraphs below them, without a text that a test or validation pair has."""
+    root = unpacked_package(f"libreoffice-help-{language}", f"{HELP}/{language}/text") / HELP / language
+    pairs = _pairs(language)
+    held_out = {other for split in ("test", "validation") for _, other in pairs[split]}
+    found: dict[str, dict[tuple[str, str], None]] = {"test": {}, "validation": {}, "train": {}}
+    for path in sorted((root / "text").rglob("*.html")):
+        split = split_of(str(path.relative_to(root)))
+        for (identity, heading), (below, paragraph) in pairwise(_paragraphs(path).items()):
+            text = _clean(heading), _clean(paragraph)
+            explains = identity.startswith("hd_id") and below.startswith("par_id")
+            if explains and 2 <= len(text[0].split()) <= 12 and 6 <= len(text[1].split()) <= 40:
+                if split != "train" or not held_out & set(text):
+                    found[split][text] = None
+    return {split: list(texts) for split, texts in found.items()}
 
 
 @lru_cache(maxsize=4)
