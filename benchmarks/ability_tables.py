@@ -80,15 +80,18 @@ def _with_conflict(composition: str, section: Figure) -> str:
 
 
 def _multilingual(figures: Figure) -> Rows:
-    return ("task", "metric", "items", "base", "fr", "reason", "fr+reason", "against base", "fr", "reason"), [
+    alone = ("base", "fr", "reason")
+    return ("composition", "task", "items", *alone, "composed", *(f"against {each}" for each in alone)), [
         (
+            composition,
             name,
-            task["metric"],
             str(task["items"]),
-            *(score(task[each]) for each in ("base", "fr", "reason", "fr+reason")),
-            *(change(task["fr+reason_minus"][each]) for each in ("base", "fr", "reason")),
+            *(score(task[each]) for each in alone),
+            score(composed),
+            *(change(composed["minus"][each]) for each in alone),
         )
         for name, task in figures.items()
+        for composition, composed in task["composed"].items()
     ]
 
 
