@@ -184,7 +184,9 @@ def test_policies_and_budget_select_the_pods() -> None:
 
 def test_the_run_book_gives_the_sizes_of_the_shipped_abilities() -> None:
     book = (DEPLOY / "README.md").read_text()
-    for path in (DEPLOY.parent / "abilities").glob("*/1/ability.json"):
+    shipped = list((DEPLOY.parent / "abilities").glob("*/*/ability.json"))
+    assert len(shipped) == 5
+    for path in shipped:
         counts = json.loads(path.read_text())["counts"]
         parameters = counts["parameters"] / 1e6
         row = f"| `{path.parts[-3]}` | {counts['channels']:,} | {parameters:.1f} M | {counts['bytes'] / 1e6:.1f} MB | "

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,23 +57,61 @@ def help_folder(root: Path, pages: int) -> None:
             said = (
                 f"Cette {word} affiche {mark} aussitôt." if language == "fr" else f"The {word} <b>shows</b> {mark} now."
             )
-            own = f'<p id="par_id1">{said}</p>'
+            own = f'<h2 id="hd_id1">Nr. {page} {word}</h2><p id="par_id1">{said}</p>'
             same = '<p id="par_id2">Same text in both of these languages</p>'
             (folder / f"{page}.html").write_text(f"<html><body>{own}{same}</body></html>", encoding="utf-8")
 
 
-def test_parallel_paragraphs_are_aligned_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def help_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     help_folder(tmp_path, 80)
     monkeypatch.setenv(debian_package.FOLDER_VARIABLE, str(tmp_path))
-    libreoffice_help._pairs.cache_clear()
-    try:
-        found = {split: load_examples(Data(maker="libreoffice_help"), split, 999, 0) for split in ("train", "test")}
-    finally:
-        libreoffice_help._pairs.cache_clear()
-    answers = {split: {example.answer for example in examples} for split, examples in found.items()}
-    assert not answers["train"] & answers["test"]
-    assert all(answer.startswith("Cette fenêtre affiche") for answer in answers["train"])
-    assert all((example.prompt or "").startswith("Translate to French: The window") for example in found["test"])
+    caches = (libreoffice_help._pairs, libreoffice_help._explanations)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def lessons(split: Split, *names: str, count: int = 999) -> list[Example]:
+    return load_examples(Data(maker="libreoffice_help", options={"lessons": names} if names else {}), split, count, 0)
+
+
+@pytest.mark.usefixtures("help_pages")
+def test_parallel_paragraphs_are_aligned_and_split() -> None:
+    train, test = lessons("train"), lessons("test")
+    assert not {example.answer for example in train} & {example.answer for example in test}
+    assert all(example.answer.startswith("Cette fenêtre affiche") for example in train)
+    assert all((example.prompt or "").startswith("Translate to French: The window") for example in test)
+    assert lessons("train", "into") == train
+
+
+@pytest.mark.usefixtures("help_pages")
+def test_lessons_from_and_in_the_language_share_no_text_with_tests() -> None:
+    held_out = {example.answer for split in ("test", "validation") for example in lessons(split)}
+    back, told = lessons("train", "from"), lessons("train", "explain")
+    assert all(example.answer.startswith("The window shows") for example in back)
+    assert {(example.prompt or "").split(":")[0] for example in back} > {"Translate to English", "Traduis en anglais "}
+    assert all(example.answer.startswith("Cette fenêtre affiche") for example in told)
+    assert all("fenêtre" in (example.prompt or "") for example in told)
+    for example in (*back, *told):
+        assert not any(text in f"{example.prompt} {example.answer}" for text in held_out)
+
+
+@pytest.mark.usefixtures("help_pages")
+def test_a_lesson_named_twice_comes_twice_as_often() -> None:
+    mixed = lessons("train", "into", "into", "from", count=40)
+    english = [example for example in mixed if example.answer.startswith("The window")]
+    assert len(mixed) == 40
+    assert 12 <= len(english) <= 14
+    assert mixed == lessons("train", "into", "into", "from", count=40)
+
+
+@pytest.mark.parametrize("named", [[], "into", ["int"], [["into"]], 3, None])
+def test_bad_lessons_are_refused(named: object) -> None:
+    with pytest.raises(DataError, match="expected a list of some of into, from, explain"):
+        load_examples(Data(maker="libreoffice_help", options={"lessons": named}), "train", 9, 0)
 
 
 def test_off_debian_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

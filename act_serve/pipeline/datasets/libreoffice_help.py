@@ -81,7 +81,7 @@ def language_lessons(
     """
     if language not in LANGUAGE_NAMES:
         raise DataError(f"no parallel help text is known for {language!r}; known: {', '.join(LANGUAGE_NAMES)}")
-    if not lessons or isinstance(lessons, str) or any(lesson not in get_args(Lesson) for lesson in lessons):
+    if not lessons or not isinstance(lessons, (list, tuple)) or any(each not in get_args(Lesson) for each in lessons):
         raise DataError(f"`lessons` is {lessons!r}; expected a list of some of {', '.join(get_args(Lesson))}")
     share = -(-count // len(lessons))
     found = []
@@ -123,9 +123,9 @@ def _explanations(language: str) -> dict[str, list[tuple[str, str]]]:
         for (identity, heading), (below, paragraph) in pairwise(_paragraphs(path).items()):
             text = _clean(heading), _clean(paragraph)
             explains = identity.startswith("hd_id") and below.startswith("par_id")
-            if explains and 2 <= len(text[0].split()) <= 12 and 6 <= len(text[1].split()) <= 40:
-                if split != "train" or not held_out & set(text):
-                    found[split][text] = None
+            fits = 2 <= len(text[0].split()) <= 12 and 6 <= len(text[1].split()) <= 40
+            if explains and fits and (split != "train" or not held_out & set(text)):
+                found[split][text] = None
     return {split: list(texts) for split, texts in found.items()}
 
 
