@@ -73,10 +73,13 @@ def test_missing_file(tmp_path: Path) -> None:
         load_profile(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("name", ["fr", "extract"])
-def test_shipped_profiles(name: str) -> None:
-    profile = load_profile(Path(__file__).parents[2] / "profiles" / "abilities" / f"{name}.yaml")
-    assert profile.name == name
+SHIPPED = Path(__file__).parents[2] / "profiles" / "abilities"
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_profiles(path: Path) -> None:
+    profile = load_profile(path)
+    assert profile.name == path.stem.split("-")[0]
     assert len(profile.exemplars) >= 12
     assert all(task.items >= 200 for task in (*profile.score, *profile.retain))
     assert all(task.max_drop <= 0.03 for task in profile.retain)

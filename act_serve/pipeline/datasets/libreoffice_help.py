@@ -100,7 +100,7 @@ def language_lessons(
 def _prompts(lesson: Lesson, language: str) -> list[str]:
     english = {"into": LANGUAGE_NAMES[language], "from": "English"}.get(lesson)
     asked = [prompt.replace("{language}", english) for prompt in _INTO] if english else []
-    return asked + list(_OWN_WORDS[language].get(lesson, ())) * 2
+    return asked + 2 * list(_OWN_WORDS[language].get(lesson, ()))  # two in five where both languages ask
 
 
 def _texts(lesson: Lesson, language: str) -> dict[str, list[tuple[str, str]]]:
