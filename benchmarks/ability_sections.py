@@ -17,8 +17,9 @@ from benchmarks.ability_bench import Bench, Figure, fallen, figure, gain_kept, s
 GENERAL_ITEMS = 300
 # Two compositions that differ by 0.05 of their exact answers need some 600 problems to be told apart.
 FRENCH_ITEMS = 600
-# The weight was chosen on validation problems.
-FRENCH_REASONING = ("fr*0.5+reason", "fr+reason")
+# fr@2 answers in French, where fr@1 only translates. The weight was chosen on validation problems.
+FRENCH = "fr@2"
+FRENCH_REASONING = (f"{FRENCH}*0.5+reason", f"{FRENCH}+reason")
 
 
 def quality(bench: Bench) -> Figure:
@@ -162,7 +163,7 @@ def multilingual(bench: Bench) -> Figure:
         Task(name="reason_in_french_nll", metric="nll", data=data, items=FRENCH_ITEMS),
     ]
     questions = bench.questions(bench.profiles["reason"], tasks)
-    alone = {each or "base": bench.measure(each, questions) for each in ("", "fr", "reason")}
+    alone = {each or "base": bench.measure(each, questions) for each in ("", FRENCH, "reason")}
     both = {each: bench.measure(each, questions) for each in FRENCH_REASONING}
     return {
         task: {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from benchmarks.ability_bench import Figure
+from benchmarks.ability_sections import FRENCH
 
 Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
@@ -80,7 +81,7 @@ def _with_conflict(composition: str, section: Figure) -> str:
 
 
 def _multilingual(figures: Figure) -> Rows:
-    alone = ("base", "fr", "reason")
+    alone = ("base", FRENCH, "reason")
     return ("composition", "task", "items", *alone, "composed", *(f"against {each}" for each in alone)), [
         (
             composition,
