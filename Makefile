@@ -17,7 +17,7 @@ serve: .venv/installed ## start router and engine with the shipped abilities
 # Servers, clusters and clients share a machine with whatever else runs on it. At most three of their tests may fail once
 # and pass at a second try, with both tracebacks printed; a wrong number is wrong at the first.
 RETRY := --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks \
-	$(addprefix --rerun-exclude-path tests/,kernels delta models pipeline engine/test_exactness.py engine/test_random_traffic.py)
+	$(addprefix --rerun-exclude-path tests/,kernels delta models pipeline engine profile benchmarks)
 
 test: .venv/installed ## all tests, those with the real engine too
 	$(BIN)/pytest -m "" $(RETRY) $(ARGS)

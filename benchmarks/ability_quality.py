@@ -5,7 +5,7 @@
     python -m benchmarks.ability_quality --json quick.json --quick               # 16 items a task: does it run?
 
 Sections: quality (base, source, transfer, delta, retained tasks), general (ARC-easy, PIQA, HellaSwag), pairs and
-triples (abilities composed), multilingual (word problems in French under fr + reason), repair (an ability model gets
+triples (abilities composed), multilingual (word problems in French under fr@2 + reason), repair (an ability model gets
 back what it lost). The numbers of every item lie beside the JSON file, in FILE.items.json: an interrupted run goes on
 there, and sections share them. Source models are measured where the builds' folder has them; else the figure that the
 artifact stores is shown, marked with *.
@@ -76,7 +76,7 @@ def _sections(bench: Bench, triples: Sequence[str] | None) -> dict[str, Callable
     }
     if triples or len(known) > 2:
         found["triples"] = lambda: sections.triples(bench, wanted)
-    if known.issuperset(("fr", "reason")):
+    if "reason" in known and (bench.store / sections.FRENCH.replace("@", "/")).is_dir():
         found["multilingual"] = lambda: sections.multilingual(bench)
     return {**found, "repair": lambda: sections.repair(bench)}
 

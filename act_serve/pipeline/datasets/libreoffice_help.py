@@ -114,8 +114,7 @@ def _texts(lesson: Lesson, language: str) -> dict[str, list[tuple[str, str]]]:
 @lru_cache(maxsize=4)
 def _explanations(language: str) -> dict[str, list[tuple[str, str]]]:
     """Headings and the paragraphs below them, without a text that a test or validation pair has."""
-    root = unpacked_package(f"libreoffice-help-{language}", f"{HELP}/{language}/text") / HELP / language
-    pairs = _pairs(language)
+    root, pairs = _pages(language), _pairs(language)
     held_out = {other for split in ("test", "validation") for _, other in pairs[split]}
     found: dict[str, dict[tuple[str, str], None]] = {"test": {}, "validation": {}, "train": {}}
     for path in sorted((root / "text").rglob("*.html")):
@@ -131,8 +130,7 @@ def _explanations(language: str) -> dict[str, list[tuple[str, str]]]:
 
 @lru_cache(maxsize=4)
 def _pairs(language: str) -> dict[str, list[tuple[str, str]]]:
-    english = unpacked_package("libreoffice-help-en-us", f"{HELP}/en-US/text") / HELP / "en-US"
-    other = unpacked_package(f"libreoffice-help-{language}", f"{HELP}/{language}/text") / HELP / language
+    english, other = _pages("en-US"), _pages(language)
     found: dict[str, list[tuple[str, str]]] = {"test": [], "validation": [], "train": []}
     for path in sorted((english / "text").rglob("*.html")):
         relative = path.relative_to(english)
@@ -144,6 +142,10 @@ def _pairs(language: str) -> dict[str, list[tuple[str, str]]]:
         taken.update(text.lower() for pair in kept for text in pair)
         found[name] = kept
     return found
+
+
+def _pages(language: str) -> Path:
+    return unpacked_package(f"libreoffice-help-{language.lower()}", f"{HELP}/{language}/text") / HELP / language
 
 
 def _aligned(english: Path, other: Path) -> Iterator[tuple[str, str]]:
