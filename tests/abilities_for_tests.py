@@ -135,7 +135,7 @@ def merged_model(base: Path, store: Store, text: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     for ability in Composition.parse(text).abilities:
-        version = ability.version or store.latest(ability.name)
+        version = store.manifest(ability.name, ability.version).version
         _, modules = read_artifact(store.path(ability.name, version))
         for name, module in modules.items():
             changed, rows, added = model.get_submodule(name), module.rows.long(), ability.weight * module.delta.float()
