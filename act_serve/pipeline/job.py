@@ -10,7 +10,7 @@ from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.models.examples import Example
 from act_serve.pipeline.datasets.catalogue import load_examples
 from act_serve.pipeline.datasets.splits import Split
-from act_serve.pipeline.neighbours import Neighbour
+from act_serve.pipeline.neighbours import Companion
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.stages import Stage, run_stage, stage_key
 from act_serve.pipeline.training import Report
@@ -32,7 +32,7 @@ class Job:
     base: Path
     work: Path
     screen: Screen
-    company: tuple[Neighbour, ...] = ()
+    company: tuple[Companion, ...] = ()
     variant: str = ""
     peak_bytes: dict[str, int] = field(default_factory=dict)
 

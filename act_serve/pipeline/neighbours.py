@@ -6,9 +6,11 @@ from pathlib import Path
 
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import ModuleDelta, read_artifact
+from act_serve.delta.composition import Composition
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.manifest import Manifest
-from act_serve.errors import BuildError
+from act_serve.errors import BuildError, RequestError
+from act_serve.pipeline.merge import Share, merge_deltas
 from act_serve.profile.schema import Profile
 
 
@@ -27,22 +29,53 @@ class Neighbour:
         return f"{self.name}@{self.version}"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Companion:
+    """A composition of published abilities as one delta; `key` names their contents and weights in stage records."""
+
+    key: tuple[tuple[str, float], ...]
+    deltas: Mapping[str, ModuleDelta]
+
+
 def neighbours(store: Store, base: Path, without: str) -> list[Neighbour]:
     """The latest version of every ability but `without` that was built for `base`."""
     return [_read(store, manifest) for name, manifest in _fitting(store, base).items() if name != without]
 
 
-def company(profile: Profile, store: Store, base: Path) -> tuple[Neighbour, ...]:
-    """The abilities that `finetune.company` names; raises BuildError when the store lacks one."""
-    wanted = profile.finetune.company
-    there = _fitting(store, base) if wanted else {}
-    missing = [name for name in wanted if name not in there or name == profile.name]
+def company(profile: Profile, store: Store, base: Path) -> tuple[Companion, ...]:
+    """The compositions that `finetune.company` names.
+
+    Raises BuildError when one cannot be read, names no ability, or names one that the store lacks.
+    """
+    there = _fitting(store, base) if profile.finetune.company else {}
+    return tuple(_companion(text, profile.name, store, there) for text in profile.finetune.company)
+
+
+def _companion(text: str, trained: str, store: Store, there: Mapping[str, Manifest]) -> Companion:
+    try:
+        wanted = Composition.parse(text).abilities
+    except RequestError as exc:
+        raise BuildError(f"finetune.company: {exc}") from exc
+    if not wanted:
+        raise BuildError(f"finetune.company: {text!r} names no ability; steps on the base alone are taken anyway")
+    missing = [
+        ability.name if ability.version is None else f"{ability.name}@{ability.version}"
+        for ability in wanted
+        if ability.name not in there
+        or ability.name == trained
+        or (ability.version or 0) not in (0, *store.versions(ability.name))
+    ]
     if missing:
         raise BuildError(
             f"finetune.company names {', '.join(missing)}, which {store.root} does not have for this base; "
             "build that first, or take it off the list"
         )
-    return tuple(_read(store, there[name]) for name in wanted)
+    found = [
+        _read(store, store.manifest(ability.name, ability.version or there[ability.name].version)) for ability in wanted
+    ]
+    key = tuple((other.key, ability.weight) for other, ability in zip(found, wanted, strict=True))
+    shares = [Share(other.deltas, ability.weight) for other, ability in zip(found, wanted, strict=True)]
+    return Companion(key, merge_deltas(shares, "sum"))
 
 
 def _fitting(store: Store, base: Path) -> dict[str, Manifest]:

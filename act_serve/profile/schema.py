@@ -161,8 +161,9 @@ class FineTune(_Section):
     `loss: data` is the NLL of the data's answers; `distill` mixes in the KL divergence from the source model on the
     same answers: (1 - distill_weight)·NLL + distill_weight·KL(source ‖ tuned).
 
-    `company` names abilities of the store. Steps take turns: the rows alone, then on top of each of these, which stay
-    as they are; so the ability learns to work composed with them. Retention then holds to the base with the company.
+    `company` names compositions of stored abilities, as requests do: `fr`, `fr@2`, `extract+fr*0.5`. Steps take turns:
+    the rows alone, then on top of each of these, which stay as they are; so the ability learns to work composed with
+    them. Retention then holds to the base with the company. An ability without a version is the latest.
     """
 
     steps: int = Field(default=100, ge=0)

@@ -18,6 +18,7 @@ from act_serve.pipeline.finetune import Lessons, finetune
 from act_serve.pipeline.neighbours import company
 from act_serve.pipeline.training import Report, divergence
 from act_serve.profile.schema import FineTune, Retention
+from tests.abilities_for_tests import merged_model, publish_random
 from tests.tiny_models import make_llama, plant
 
 UP = "model.layers.0.mlp.up_proj"
@@ -185,8 +186,36 @@ def test_company_is_on_beneath_in_turn_and_stays_as_it_is(tmp_path: Path) -> Non
     assert torch.equal(other[UP].delta, before)
 
 
-def test_company_that_the_store_lacks_is_named(tmp_path: Path) -> None:
-    base = make_llama(tmp_path / "base")
-    profile = SimpleNamespace(name="new", finetune=FineTune(company=("missing",)))
-    with pytest.raises(BuildError, match="company names missing"):
-        company(profile, Store(tmp_path / "store"), base)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("missing", "company names missing,"),
+        ("r1@7", "company names r1@7,"),
+        ("new", "company names new,"),
+        ("r1+", "cannot read ''"),
+        ("r1*0", "'r1\\*0' names no ability"),
+    ],
+)
+def test_company_that_cannot_be_is_refused(tmp_path: Path, named: str, said: str) -> None:
+    base, store = make_llama(tmp_path / "base"), Store(tmp_path / "store")
+    publish_random(store, base, "r1", seed=1)
+    publish_random(store, base, "new", seed=1)
+    profile = SimpleNamespace(name="new", finetune=FineTune(company=(named,)))
+    with pytest.raises(BuildError, match=said):
+        company(profile, store, base)  # type: ignore[arg-type]
+
+
+def test_company_is_what_a_request_with_this_composition_gets(tmp_path: Path) -> None:
+    base, store = make_llama(tmp_path / "base"), Store(tmp_path / "store")
+    for version in (1, 2):
+        publish_random(store, base, "r1", seed=version, version=version)
+    publish_random(store, base, "r2", seed=3)
+    profile = SimpleNamespace(name="new", finetune=FineTune(company=("r1@1*0.5+r2", "r1")))
+    both, latest = company(profile, store, base)  # type: ignore[arg-type]
+    bare, merged = merged_model(base, store, ""), merged_model(base, store, "r1@1*0.5+r2")
+    for name, module in both.deltas.items():
+        changed = bare.get_submodule(name).weight.detach().clone()
+        changed[module.rows] += module.delta
+        assert torch.allclose(changed, merged.get_submodule(name).weight, atol=1e-6)
+    assert latest.key == ((store.manifest("r1", 2).tensors_sha256, 1.0),)
+    assert len({both.key, latest.key}) == 2
