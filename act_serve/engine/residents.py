@@ -12,7 +12,7 @@ from act_serve.engine.layers import DeltaLayer
 from act_serve.engine.plan import LayerPlan
 from act_serve.engine.row_memory import SpareMemory, rounded_up
 from act_serve.errors import EngineError
-from act_serve.kernels.row_table import places_of
+from act_serve.kernels.row_table import starts_of
 from act_serve.kernels.rows import AbilityRows
 
 # A larger ability takes longer than a step, whether its memory is ready or not.
@@ -124,13 +124,13 @@ class ResidentAbilities:
         return total
 
     def _on_device(self, plan: LayerPlan, segment: ModuleDelta) -> AbilityRows:
-        place_O = None
+        start_J = None
         if self._device.type == "cuda" and plan.kind in ("linear", "lm_head"):
             # Made here and copied: a copy has ended when it returns, but a kernel that this thread launches may not
             # have when the steps' stream reads what it writes.
-            place_O = places_of(segment.rows, plan.out_features).to(self._device)
+            start_J = starts_of(segment.rows, plan.out_features).to(self._device)
         bias_N = None if segment.bias_delta is None else segment.bias_delta.to(self._device)
-        return AbilityRows(segment.rows.to(self._device), segment.delta.to(self._device), bias_N, place_O)
+        return AbilityRows(segment.rows.to(self._device), segment.delta.to(self._device), bias_N, start_J)
 
     def _make_room(self, key: AbilityKey, size: int, in_use: Collection[AbilityKey], over_budget: bool) -> None:
         idle = [other for other in self._bytes if other not in in_use]

@@ -56,7 +56,7 @@ def agrees_with_torch(form: AddRows, device: torch.device, dtype: torch.dtype) -
     for tokens in (3, 600):
         rows_N = torch.arange(20, dtype=torch.int32, device=device) * 2
         delta_ANI = torch.randn(2, 20, 64, generator=random).to(device, dtype)
-        active = ActiveRows([AbilityRows(rows_N, delta_ANI[0]), AbilityRows(rows_N + 1 - rows_N % 4, delta_ANI[1])])
+        active = ActiveRows([AbilityRows(rows_N, delta_ANI[0]), AbilityRows(rows_N + rows_N % 4 // 2, delta_ANI[1])])
         weights = TokenWeights(np.array([[1.0, 0.0], [0.5, -2.0], [0.0, 1.0]])[np.arange(tokens) % 3])
         x_TI = torch.randn(tokens, 64, generator=random).to(device, dtype)
         expected, got = torch.zeros(2, tokens, 48, dtype=dtype, device=device)

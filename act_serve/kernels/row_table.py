@@ -12,11 +12,11 @@ import torch
 from act_serve.kernels.rows import AbilityRows, ActiveRows
 from act_serve.kernels.to_device import copy_in_order
 
-# Columns of the table.
-ROWS, DELTA, BIAS, COUNT, PLACES, COLUMNS = 0, 1, 2, 3, 4, 5
-# One column more where layers lie side by side, so that each starts at a multiple of 16 bytes, which Triton asks of
-# every address: else it compiles once more.
-_PITCH = COLUMNS + 1
+# Columns of the table. They are even in number, so that each layer's part starts at a multiple of 16 bytes where layers
+# lie side by side; Triton asks that of every address: else it compiles once more.
+ROWS, DELTA, BIAS, COUNT, STARTS, MOST, COLUMNS = 0, 1, 2, 3, 4, 5, 6
+# Outputs between two of an ability's starts.
+RANGE = 2048
 # Kernels read rows 16 bytes at a time.
 ALIGNMENT = 16
 
@@ -25,9 +25,10 @@ class RowAddresses(Protocol):
     """What a kernel reads of a layer's rows.
 
     Attributes:
-        address_AC: ``[A, 5]`` int64 on the device: addresses of rows, delta, bias (0 for none), the number of rows,
-            and the address of ``[O]`` int32, the row of each column or -1. The five lie side by side.
-        max_rows: the most rows of one ability.
+        address_AC: ``[A, 6]`` int64 on the device: addresses of rows, delta, bias (0 for none), the number of rows,
+            the address of ``[J + 1]`` int32, how many rows come before each multiple of ``RANGE`` outputs, and the
+            most rows that any ability of the table has now. The six lie side by side.
+        max_rows: the most rows that one ability can have.
     """
 
     @property
@@ -66,12 +67,13 @@ class RowTable:
                 f"{len(active.abilities)} abilities with up to {most} rows in a table for {len(self.address_AC)} with "
                 f"up to {self.max_rows}"
             )
-        places = [placed(ability, out_features) for ability in active.abilities]
+        starts = [started(ability, out_features) for ability in active.abilities]
         host = np.zeros(tuple(self.address_AC.shape), dtype=np.int64)
-        for number, (ability, place_O) in enumerate(zip(active.abilities, places, strict=True)):
-            host[number] = entry(ability, place_O)
+        for number, (ability, start_J) in enumerate(zip(active.abilities, starts, strict=True)):
+            host[number] = entry(ability, start_J)
+        host[:, MOST] = most
         copy_in_order(self.address_AC, host)
-        self._kept = (active, places)
+        self._kept = (active, starts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class ModelRows:
     """Where one ability's rows lie in every layer.
 
     Attributes:
-        address_LC: ``[L, 6]`` int64 on the host; the last column is padding.
+        address_LC: ``[L, 6]`` int64 on the host; the last column is the table's to fill.
         kept: what lies there.
     """
 
@@ -101,11 +103,11 @@ class ModelRows:
         Raises:
             ValueError: rows that are not aligned.
         """
-        places = [placed(*layer) for layer in zip(rows, out_features, strict=True)]
-        address_LC = np.zeros((len(rows), _PITCH), dtype=np.int64)
-        for number, layer in enumerate(zip(rows, places, strict=True)):
-            address_LC[number, :COLUMNS] = entry(*layer)
-        return cls(address_LC, (tuple(rows), places))
+        starts = [started(*layer) for layer in zip(rows, out_features, strict=True)]
+        address_LC = np.zeros((len(rows), COLUMNS), dtype=np.int64)
+        for number, layer in enumerate(zip(rows, starts, strict=True)):
+            address_LC[number] = entry(*layer)
+        return cls(address_LC, (tuple(rows), starts))
 
 
 class ModelRowTable:
@@ -124,10 +126,9 @@ class ModelRowTable:
     """
 
     def __init__(self, device: torch.device, *, abilities: int, out_features: Sequence[int]) -> None:
-        self._address_ALC = torch.zeros(abilities, len(out_features), _PITCH, dtype=torch.int64, device=device)
+        self._address_ALC = torch.zeros(abilities, len(out_features), COLUMNS, dtype=torch.int64, device=device)
         self.layers = [
-            LayerRows(self._address_ALC[:, number, :COLUMNS], most_rows)
-            for number, most_rows in enumerate(out_features)
+            LayerRows(self._address_ALC[:, number], most_rows) for number, most_rows in enumerate(out_features)
         ]
         self._kept: tuple[ModelRows, ...] = ()
 
@@ -140,12 +141,14 @@ class ModelRowTable:
         if len(active) > len(self._address_ALC):
             raise ValueError(f"{len(active)} abilities in a table for {len(self._address_ALC)}")
         if active:
-            copy_in_order(self._address_ALC[: len(active)], np.stack([rows.address_LC for rows in active]))
+            address_ALC = np.stack([rows.address_LC for rows in active])
+            address_ALC[:, :, MOST] = address_ALC[:, :, COUNT].max(axis=0)
+            copy_in_order(self._address_ALC[: len(active)], address_ALC)
         self._kept = tuple(active)
 
 
-def entry(ability: AbilityRows, place_O: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """An ability's line of a table.
+def entry(ability: AbilityRows, start_J: torch.Tensor) -> tuple[int, int, int, int, int, int]:
+    """An ability's line of a table, its last column open.
 
     Raises:
         ValueError: the kernels could not read the rows 16 bytes at a time.
@@ -153,19 +156,24 @@ def entry(ability: AbilityRows, place_O: torch.Tensor) -> tuple[int, int, int, i
     if ability.delta_NI.data_ptr() % ALIGNMENT or not ability.delta_NI.is_contiguous():
         raise ValueError("the rows of an ability must be contiguous and start at a multiple of 16 bytes")
     bias = 0 if ability.bias_N is None else ability.bias_N.data_ptr()
-    return ability.rows_N.data_ptr(), ability.delta_NI.data_ptr(), bias, len(ability.rows_N), place_O.data_ptr()
+    return (
+        ability.rows_N.data_ptr(), ability.delta_NI.data_ptr(), bias, len(ability.rows_N), start_J.data_ptr(), 0
+    )  # fmt: skip
 
 
-def placed(ability: AbilityRows, out_features: int) -> torch.Tensor:
-    """The ability's ``place_O``, made where it has none."""
-    return places_of(ability.rows_N, out_features) if ability.place_O is None else ability.place_O
+def started(ability: AbilityRows, out_features: int) -> torch.Tensor:
+    """The ability's ``start_J``, made where it has none."""
+    return starts_of(ability.rows_N, out_features) if ability.start_J is None else ability.start_J
 
 
-def places_of(rows_N: torch.Tensor, out_features: int) -> torch.Tensor:
-    """``[O]`` int32: which row changes each column; -1 where none does."""
-    place_O = torch.full((out_features,), -1, dtype=torch.int32, device=rows_N.device)
-    place_O[rows_N.long()] = torch.arange(len(rows_N), dtype=torch.int32, device=rows_N.device)
-    return place_O
+def starts_of(rows_N: torch.Tensor, out_features: int) -> torch.Tensor:
+    """``[J + 1]`` int32: how many of the ascending rows come before each multiple of ``RANGE`` outputs.
+
+    J is the number of ranges, so the last one counts all rows.
+    """
+    ranges = -(-out_features // RANGE)
+    edges = torch.arange(ranges + 1, dtype=torch.int32, device=rows_N.device) * RANGE
+    return torch.searchsorted(rows_N, edges, out_int32=True)
 
 
 def table_of(active: ActiveRows, out_features: int, device: torch.device) -> RowTable:

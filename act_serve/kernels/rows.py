@@ -24,18 +24,19 @@ class AbilityRows:
         rows_N: ``[N]`` int32 in ``[0, O)``, ascending, unique.
         delta_NI: ``[N, I]`` contiguous, the dtype of the layer's activations.
         bias_N: ``[N]``, same dtype, or None.
-        place_O: ``[O]`` int32, the row of each column or -1, for the form on GPUs (which else makes it); or None.
+        start_J: ``[J + 1]`` int32, rows before each range of outputs, for the form on GPUs (which else makes it); or
+            None. See :func:`act_serve.kernels.row_table.starts_of`.
     """
 
     rows_N: torch.Tensor
     delta_NI: torch.Tensor
     bias_N: torch.Tensor | None = None
-    place_O: torch.Tensor | None = None
+    start_J: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        parts = (self.rows_N, self.delta_NI, self.bias_N, self.place_O)
+        parts = (self.rows_N, self.delta_NI, self.bias_N, self.start_J)
         return sum(part.nbytes for part in parts if part is not None)
 
     def products(self, x_PI: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from act_serve.kernels import triton_impl
 
-_SCRATCH = "scratch_SUN"
+_SCRATCH = "scratch"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from act_serve.kernels import row_table
-from act_serve.kernels.row_table import ModelRows, ModelRowTable, RowTable, places_of
+from act_serve.kernels.row_table import ModelRows, ModelRowTable, RowTable, starts_of
 from act_serve.kernels.rows import AbilityRows, ActiveRows, TokenWeights
 from act_serve.kernels.step_table import StepTable, table_of
 
@@ -19,11 +19,10 @@ def random_weights(tokens: int, abilities: int) -> np.ndarray:
     return rng.normal(size=(tokens, abilities)) * (rng.random((tokens, abilities)) < 0.4)
 
 
-@pytest.mark.parametrize("by_rounds", [False, True])
 @pytest.mark.parametrize(("tokens", "abilities"), [(1, 1), (3, 5), (63, 4), (133, 9)])
-def test_every_use_has_one_place_in_a_block_of_its_ability(tokens: int, abilities: int, by_rounds: bool) -> None:
+def test_every_use_has_one_place_in_a_block_of_its_ability(tokens: int, abilities: int) -> None:
     weight_TA = random_weights(tokens, abilities).astype(np.float32)
-    table = table_of(TokenWeights(weight_TA), CPU, block=16, by_rounds=by_rounds)
+    table = table_of(TokenWeights(weight_TA), CPU, block=16)
     most = table.uses_per_token
     found, abilities_U, weights_U = np.zeros_like(weight_TA), table.ability_U.tolist(), table.weight_U.tolist()
     for place, use in enumerate(table.use_P.tolist()):
@@ -39,15 +38,10 @@ def test_every_use_has_one_place_in_a_block_of_its_ability(tokens: int, abilitie
     assert torch.equal(used_TR, used_TR.sort(1, descending=True).values)
 
 
-def test_a_round_has_no_token_twice_and_rounds_have_every_block() -> None:
-    table = table_of(TokenWeights(random_weights(133, 9)), CPU, block=16, by_rounds=True)
-    covered = []
-    for first, blocks in table.rounds:
-        uses = table.use_P[first * 16 : (first + blocks) * 16]
-        tokens = uses[uses >= 0] // table.uses_per_token
-        assert len(tokens) == len(tokens.unique()) > 0
-        covered += range(first, first + blocks)
-    assert covered == torch.nonzero(table.ability_B >= 0).flatten().tolist()
+def test_uses_have_slots_without_gaps_token_after_token() -> None:
+    table = table_of(TokenWeights(random_weights(133, 9)), CPU, block=16)
+    slots = table.slot_U[table.ability_U >= 0]
+    assert torch.equal(slots, torch.arange(len(slots)))
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (3, 5), (3, 3)])
@@ -74,10 +68,24 @@ def test_everything_starts_at_a_multiple_of_16_bytes(tokens: int, abilities: int
     """Triton compiles a kernel once for addresses that do, and once more for others."""
     step = StepTable(CPU, tokens=tokens, abilities=abilities, uses_per_token=most, block=16)
     table = ModelRowTable(CPU, abilities=abilities, out_features=[8] * tokens)
-    parts = [step.blocks_1, step.ability_B, step.use_P, step.ability_U, step.weight_U]
+    parts = [step.blocks_1, step.ability_B, step.use_P, step.ability_U, step.slot_U, step.weight_U]
     parts += [layer.address_AC for layer in table.layers]
     assert not any(part.data_ptr() % 16 for part in parts)
 
 
-def test_places_invert_the_rows() -> None:
-    assert places_of(torch.tensor([1, 4], dtype=torch.int32), 6).tolist() == [-1, 0, -1, -1, 1, -1]
+def test_starts_count_the_rows_before_each_range_of_outputs() -> None:
+    rows_N = torch.tensor([1, 4, 2047, 2048, 6000], dtype=torch.int32)
+    assert starts_of(rows_N, 6001).tolist() == [0, 3, 4, 5]
+    assert starts_of(rows_N[:0], 2048).tolist() == [0, 0]
+
+
+def test_a_layer_has_the_most_rows_of_the_abilities_it_has_now() -> None:
+    def rows(counts: list[int]) -> ModelRows:
+        layers = [AbilityRows(torch.arange(n, dtype=torch.int32), torch.zeros(n, 4)) for n in counts]
+        return ModelRows.of(layers, [8] * len(counts))
+
+    table = ModelRowTable(CPU, abilities=3, out_features=[8, 8])
+    table.fill([rows([1, 5]), rows([3, 2])])
+    assert [layer.address_AC[0, row_table.MOST].item() for layer in table.layers] == [3, 5]
+    table.fill([rows([1, 5])])
+    assert [layer.address_AC[0, row_table.MOST].item() for layer in table.layers] == [1, 5]

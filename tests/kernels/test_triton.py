@@ -40,4 +40,9 @@ def test_compiles_for_gpus_and_reads_16_bytes_at_a_time(capability: str, dtype: 
     environment = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(FOLDER.parents[1])}
     ptx = run([str(FOLDER / "triton_compile.py"), capability, dtype], environment)
     assert f".target sm_{capability}" in ptx
-    assert "cp.async.cg.shared.global" in ptx
+    waits = 1 if capability == "90" else 0
+    for both in ptx.split("// products ")[1:]:
+        products, scatter = both.split("// scatter")
+        assert products.count("cp.async.cg.shared.global") == int(products.split(maxsplit=1)[0])
+        assert products.count("griddepcontrol.launch_dependents") == waits
+        assert products.count("griddepcontrol.wait") == scatter.count("griddepcontrol.wait") == 2 * waits

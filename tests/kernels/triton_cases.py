@@ -19,13 +19,13 @@ from act_serve.kernels.reference import add_rows_reference
 from act_serve.kernels.row_table import ModelRows, ModelRowTable
 from act_serve.kernels.rows import AbilityRows, ActiveRows, TokenWeights
 from act_serve.kernels.step_table import StepTable
-from act_serve.kernels.triton_impl import ROUND_BLOCK, SPLIT_BLOCK, TritonRows, add_rows_rounds, add_rows_split
+from act_serve.kernels.triton_impl import GRAPH_BLOCK, TritonRows, add_rows
 from tests.kernels.simulated_graph import capture
 from tests.kernels.test_add_rows import abilities_of, compare, traffic
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# T, I, O: odd sizes, an input of three slices, several ranges of columns.
-SIZES = [(1, 8, 8), (3, 33, 17), (63, 40, 29), (133, 65, 40), (2, 3100, 20), (3, 16, 1500)]
+# T, I, O: odd sizes, an input of many slices, several ranges of outputs.
+SIZES = [(1, 8, 8), (3, 33, 17), (63, 40, 29), (133, 65, 40), (2, 3100, 20), (3, 16, 5000)]
 Form = Callable[[torch.Tensor, torch.Tensor, ActiveRows, TokenWeights], None]
 
 
@@ -37,10 +37,11 @@ def _uninitialised_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def by_rounds(x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
+def long_form(x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
+    """What steps of thousands of tokens take."""
     tokens = len(weights.weight_TA)
-    step = step_table.table_of(weights, x_TI.device, block=ROUND_BLOCK, by_rounds=True)
-    add_rows_rounds(x_TI[:tokens], y_TO[:tokens], row_table.table_of(active, y_TO.shape[1], x_TI.device), step)
+    step = step_table.table_of(weights, x_TI.device, block=128 if tokens % 2 else 64)
+    add_rows(x_TI[:tokens], y_TO[:tokens], row_table.table_of(active, y_TO.shape[1], x_TI.device), step)
 
 
 def poisoned(values: torch.Tensor) -> torch.Tensor:
@@ -82,7 +83,7 @@ def inputs(
     )
 
 
-@pytest.mark.parametrize("form", [TritonRows(), by_rounds], ids=["split", "rounds"])
+@pytest.mark.parametrize("form", [TritonRows(), long_form], ids=["short", "long"])
 @pytest.mark.parametrize("mix", ["distinct", "uniform", "zipf", "identical", "idle", "composed"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
@@ -99,7 +100,7 @@ def test_agrees_with_the_reference(
         compare(form, x_TI, y_TO, active, weights)
 
 
-@pytest.mark.parametrize("form", [TritonRows(), by_rounds], ids=["split", "rounds"])
+@pytest.mark.parametrize("form", [TritonRows(), long_form], ids=["short", "long"])
 def test_rows_that_abilities_share_add_up_the_same_way_every_time(form: Form) -> None:
     x_TI, y_TO, _ = inputs((63, 40, 29), torch.float32)
     active = on_device(abilities_of([29, 29, 29], 40, 29, torch.float32, bias=True))
@@ -113,17 +114,32 @@ def test_rows_that_abilities_share_add_up_the_same_way_every_time(form: Form) ->
     assert torch.equal(first[61:], y_TO[61:]), "padding tokens"
 
 
-def test_long_steps_take_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_impl, "SCRATCH_TOKENS", 5)
-    x_TI, y_TO, active = inputs((6, 33, 17), torch.float32)
-    monkeypatch.setattr(triton_impl, "add_rows_split", None)
-    compare(TritonRows(), x_TI, y_TO, active, traffic("composed", 6, 4))
+@pytest.mark.parametrize(("tokens", "block"), [(6, 16), (7, 64), (12, 64), (13, 128)])
+def test_longer_steps_take_larger_blocks(monkeypatch: pytest.MonkeyPatch, tokens: int, block: int) -> None:
+    monkeypatch.setattr(triton_impl, "SHORT_TOKENS", 6)
+    monkeypatch.setattr(triton_impl, "LONG_TOKENS", 12)
+    assert triton_impl.block_for(tokens) == block
+    x_TI, y_TO, active = inputs((tokens, 33, 17), torch.float32)
+    compare(TritonRows(), x_TI, y_TO, active, traffic("composed", tokens, 4))
 
 
-def test_more_rows_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_impl, "MAX_ROW_PROGRAMS", 2)
-    x_TI, y_TO, active = inputs((3, 8, 150), torch.float32)
-    compare(TritonRows(), x_TI, y_TO, active, traffic("composed", 3, 4))
+@pytest.mark.parametrize("form", [TritonRows(), long_form], ids=["short", "long"])
+def test_more_items_than_programs(monkeypatch: pytest.MonkeyPatch, form: Form) -> None:
+    monkeypatch.setattr(triton_impl, "PROGRAMS_PER_PROCESSOR", 1)
+    x_TI, y_TO, active = inputs((63, 8, 300), torch.float32)
+    compare(form, x_TI, y_TO, active, traffic("composed", 63, 4))
+
+
+@pytest.mark.parametrize("form", [TritonRows(), long_form], ids=["short", "long"])
+def test_what_the_scratch_buffer_cannot_hold_is_done_rows_after_rows(
+    monkeypatch: pytest.MonkeyPatch, form: Form
+) -> None:
+    monkeypatch.setattr(triton_impl, "SCRATCH_BYTES", 1)
+    x_TI, y_TO, active = inputs((5, 40, 2500), torch.bfloat16)
+    with capture(execute=True) as graph:
+        form(x_TI, y_TO.clone(), active, traffic("composed", 5, 4))
+    assert len(graph.launches) == 2 * 20  # of 128 rows each
+    compare(form, x_TI, y_TO, active, traffic("composed", 5, 4))
 
 
 CAPACITY = {"tokens": 40, "abilities": 12, "uses_per_token": 3}
@@ -142,14 +158,14 @@ class Replayed:
     def __init__(self, size: tuple[int, int], dtype: torch.dtype, captured: list[int]) -> None:
         self.in_features, self.out_features = size
         tokens, self.dtype = CAPACITY["tokens"], dtype
-        self.step = StepTable(DEVICE, **CAPACITY, block=SPLIT_BLOCK)
+        self.step = StepTable(DEVICE, **CAPACITY, block=GRAPH_BLOCK)
         self.table = ModelRowTable(DEVICE, abilities=CAPACITY["abilities"], out_features=[self.out_features] * 3)
         self.x_TI = poisoned(torch.zeros(tokens, self.in_features, dtype=dtype))
         self.y_TO = poisoned(torch.zeros(tokens, self.out_features, dtype=dtype))
         self.graphs = {}
         for padded in captured:
             with capture() as self.graphs[padded]:
-                add_rows_split(self.x_TI[:padded], self.y_TO[:padded], self.table.layers[1], self.step)
+                add_rows(self.x_TI[:padded], self.y_TO[:padded], self.table.layers[1], self.step)
 
     def check(self, active: ActiveRows, weights: TokenWeights, padded: int) -> None:
         """One step: new inputs, new tables, a replay; what the reference says, and nothing else."""
@@ -191,8 +207,7 @@ def test_a_captured_graph_replays_whatever_the_tables_hold(size: tuple[int, int]
 
 def test_the_fullest_step_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """All tokens with as many abilities as they may have, more blocks than programs, every ability in use."""
-    monkeypatch.setattr(triton_impl, "MAX_BLOCK_PROGRAMS", 2)
-    monkeypatch.setattr(triton_impl, "MAX_PROGRAMS", 4)
+    monkeypatch.setattr(triton_impl, "PROGRAMS_PER_PROCESSOR", 1)
     tokens, abilities, most = CAPACITY.values()
     replayed = Replayed((33, 50), torch.float32, [tokens])
     weight_TA = np.zeros((tokens, abilities), dtype=np.float32)
@@ -214,7 +229,7 @@ def test_launches_do_not_depend_on_what_the_step_is() -> None:
         replayed.table.fill([ModelRows.of([ability] * 3, [40] * 3) for ability in active.abilities])
         replayed.step.fill(few_abilities("composed", tokens, len(counts), 3))
         with capture(execute=True) as graph:
-            add_rows_split(replayed.x_TI[:24], replayed.y_TO[:24], replayed.table.layers[1], replayed.step)
+            add_rows(replayed.x_TI[:24], replayed.y_TO[:24], replayed.table.layers[1], replayed.step)
         signatures.append(graph.signature)
     assert [len(signature) for signature in signatures] == [2] * 4
     assert all(signature == signatures[0] for signature in signatures)
