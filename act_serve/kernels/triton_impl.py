@@ -44,7 +44,7 @@ SCRATCH_BYTES = 256 << 20
 PROGRAMS_PER_PROCESSOR, SLICED_PER_PROCESSOR, MAX_SLICES = 3, 2, 16
 # Ranges of outputs and rows at once of a program that adds products to the outputs, per size of blocks. Outputs of long
 # steps come from the GPU's memory, whose bandwidth needs long runs; those of short ones lie in the cache.
-SCATTERED = {16: (1, 128), 64: (8, 1024), 128: (8, 1024)}
+SCATTERED = {16: (1, 128), 64: (8, 512), 128: (8, 512)}
 # Programs take the blocks in groups of so many, which they multiply with the same rows while the cache has both.
 GROUP = 16
 # Where there is no GPU: what Triton's interpreter goes through one after the other.
