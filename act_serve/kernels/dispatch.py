@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +50,22 @@ def graph_form(form: AddRows) -> AddRowsFrom | None:
     return getattr(form, "from_tables", None)
 
 
-def agrees_with_torch(form: AddRows, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a form does in a short and in a long step what torch does: a guard against a compiler's mistakes."""
+def agrees_with_torch(
+    form: AddRows, device: torch.device, dtype: torch.dtype, tokens: Sequence[int] = (3, 600, 5000)
+) -> bool:
+    """Whether a form does what torch does, in steps of so many tokens: a guard against a compiler's mistakes.
+
+    On a GPU it also compiles the kernels, each for one of these lengths, before the server needs them: the sizes are
+    multiples of 128 or 16, as those of real layers are, for which Triton compiles kernels of their own.
+    """
     random = torch.Generator().manual_seed(0)
-    for tokens in (3, 600):
+    for length in tokens:
         rows_N = torch.arange(20, dtype=torch.int32, device=device) * 2
-        delta_ANI = torch.randn(2, 20, 64, generator=random).to(device, dtype)
+        delta_ANI = torch.randn(2, 20, 128, generator=random).to(device, dtype)
         active = ActiveRows([AbilityRows(rows_N, delta_ANI[0]), AbilityRows(rows_N + rows_N % 4 // 2, delta_ANI[1])])
-        weights = TokenWeights(np.array([[1.0, 0.0], [0.5, -2.0], [0.0, 1.0]])[np.arange(tokens) % 3])
-        x_TI = torch.randn(tokens, 64, generator=random).to(device, dtype)
-        expected, got = torch.zeros(2, tokens, 48, dtype=dtype, device=device)
+        weights = TokenWeights(np.array([[1.0, 0.0], [0.5, -2.0], [0.0, 1.0]])[np.arange(length) % 3])
+        x_TI = torch.randn(length, 128, generator=random).to(device, dtype)
+        expected, got = torch.zeros(2, length, 48, dtype=dtype, device=device)
         add_rows_torch(x_TI, expected, active, weights)
         form(x_TI, got, active, weights)
         tolerance = expected.float().abs().max().item() * (1e-4 if dtype == torch.float32 else 2**-6)

@@ -150,7 +150,7 @@ def _products(
         tl.extra.cuda.gdc_wait()
 
 
-@triton.jit(do_not_specialize=["first_row", "stop_row", "address_stride", "uses_per_token"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["first_row", "stop_row", "address_stride", "uses_per_token", "ranges"])  # type: ignore[untyped-decorator]
 def _scatter(
     y_TO: tl.tensor,
     scratch: tl.tensor,

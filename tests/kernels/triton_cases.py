@@ -24,8 +24,8 @@ from tests.kernels.simulated_graph import capture
 from tests.kernels.test_add_rows import abilities_of, compare, traffic
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# T, I, O: odd sizes, an input of many slices, several ranges of outputs.
-SIZES = [(1, 8, 8), (3, 33, 17), (63, 40, 29), (133, 65, 40), (2, 3100, 20), (3, 16, 5000)]
+# T, I, O: odd sizes, an input of many slices, several ranges of outputs, and sizes like those of real layers.
+SIZES = [(1, 8, 8), (3, 33, 17), (63, 40, 29), (133, 65, 40), (2, 3100, 20), (3, 16, 5000), (20, 256, 80)]
 Form = Callable[[torch.Tensor, torch.Tensor, ActiveRows, TokenWeights], None]
 
 
@@ -240,5 +240,5 @@ def test_the_check_before_use_sees_a_kernel_that_is_wrong() -> None:
         add_rows_reference(x_TI, y_TO, active, TokenWeights(weights.weight_TA[:-1]))
 
     for dtype in (torch.float32, torch.bfloat16):
-        assert agrees_with_torch(TritonRows(), DEVICE, dtype)
-        assert not agrees_with_torch(loses_the_last_token, DEVICE, dtype)
+        assert agrees_with_torch(TritonRows(), DEVICE, dtype, tokens=(3, 600))
+        assert not agrees_with_torch(loses_the_last_token, DEVICE, dtype, tokens=(3, 600))
