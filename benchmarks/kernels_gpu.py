@@ -154,7 +154,7 @@ def check(
 
 def measure(layer: str, tokens: int, abilities: int, mix: str, read: float, multiplied: float) -> Case:
     """One line of the table."""
-    from act_serve.kernels.triton_impl import SHORT_TOKENS, add_rows, block_for
+    from act_serve.kernels.triton_impl import add_rows
 
     in_features, out_features = LAYERS[layer]
     owner_T, device = owners(mix, tokens, abilities), torch.device("cuda")
@@ -170,8 +170,8 @@ def measure(layer: str, tokens: int, abilities: int, mix: str, read: float, mult
     weight_TA = np.zeros((tokens, abilities), dtype=np.float32)
     weight_TA[np.arange(tokens), owner_T] = 1
     step = step_table.StepTable(
-        device, tokens=tokens, abilities=abilities, block=block_for(tokens),
-        uses_per_token=ABILITIES_PER_TOKEN if tokens <= SHORT_TOKENS else 1,
+        device, tokens=tokens, abilities=abilities, block=step_table.block_for(tokens),
+        uses_per_token=ABILITIES_PER_TOKEN if tokens <= step_table.SHORT_TOKENS else 1,
     )  # fmt: skip
     step.fill(TokenWeights(weight_TA))
     sectors = [(ability.rows_N.long() * 2 // SECTOR).unique().numel() for ability in actives[0].abilities]

@@ -33,7 +33,7 @@ class GraphLimits:
     @property
     def abilities(self) -> int:
         """The most that one step can have, each request its own."""
-        return min(self.requests, self.tokens) * self.abilities_per_request
+        return self.requests * self.abilities_per_request
 
     @classmethod
     def of(cls, config: VllmConfig, abilities_per_request: int) -> GraphLimits | None:

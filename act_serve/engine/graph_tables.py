@@ -31,6 +31,7 @@ from act_serve.engine.batch import BatchTable
 from act_serve.engine.graph_limits import GraphLimits
 from act_serve.engine.layers import DeltaLayer
 from act_serve.errors import EngineError
+from act_serve.kernels import step_table
 from act_serve.kernels.dispatch import AddRows, graph_form
 from act_serve.kernels.row_table import LayerRows, ModelRows, ModelRowTable
 from act_serve.kernels.rows import TokenWeights
@@ -41,13 +42,18 @@ _OF_NOBODY = TokenWeights(np.zeros((0, 0), dtype=np.float32))
 
 
 class GraphTables:
-    """The step's uses and all layers' rows where the kernels in graphs read them.
+    """The step's uses and all layers' rows where the kernels read them, in graphs and outside.
 
     Args:
-        limits: the largest step.
+        limits: the largest step that a graph may hold.
+
+    Attributes:
+        step: of steps that fit a graph; it never moves.
+        long_step: of the present step, where it does not fit.
     """
 
     step: StepTable
+    long_step: StepTable
 
     def __init__(self, limits: GraphLimits) -> None:
         self._limits = limits
@@ -66,7 +72,7 @@ class GraphTables:
             layers: all of the model's; each gets its part of the table of rows.
             out_features: how many outputs each has.
         """
-        limits = self._limits
+        limits, self._device = self._limits, device
         self.step = StepTable(
             device,
             tokens=limits.tokens,
@@ -87,17 +93,21 @@ class GraphTables:
             made_up: the step is one of vLLM's warm-up, with adapters that don't exist.
 
         Raises:
-            EngineError: the step is larger than its limits.
+            EngineError: the step has more abilities than its limits say.
         """
         if made_up and batch.weights is None:
             batch.weights = _OF_NOBODY
         weights = batch.weights
-        if weights is None or not weights.weight_TA.size or len(weights.weight_TA) > self._limits.tokens:
+        if weights is None or not weights.weight_TA.size:
             self.clear()
             return
         try:
             if self._abilities is not batch.abilities:
                 self._fill_rows(batch.abilities)
+            if len(weights.weight_TA) > self._limits.tokens:
+                self.clear()
+                self.long_step = step_table.table_of(weights, self._device)
+                return
             self.step.fill(weights)
         except ValueError as exc:  # admission and the manager let no step through that is too large
             raise EngineError(f"the step does not fit the tables of the CUDA graphs: {exc}") from exc
@@ -153,17 +163,22 @@ class GraphDeltaLayer(DeltaLayer):
         self._tables, self._add_rows_from = tables, form
 
     def add(self, x_TI: torch.Tensor, y_TO: torch.Tensor) -> None:
-        """As :meth:`DeltaLayer.add`. A step that graphs have room for takes the tables, in a graph or not."""
+        """As :meth:`DeltaLayer.add`.
+
+        All layers read the same tables, also in steps that no graph holds: tables of each layer's own would have to be
+        made anew whenever the abilities of the steps change (a prompt then took 70 ms longer, 8B on an H100).
+        """
         weights = self.batch.weights
         if weights is None:
             return
-        step = self._tables.step
-        if len(weights.weight_TA) <= len(x_TI) <= step.tokens:
-            self._add_rows_from(x_TI, y_TO, self.rows, step)
+        tokens, step = len(weights.weight_TA), self._tables.step
+        if tokens <= len(x_TI) <= step.tokens:
+            self._add_rows_from(x_TI, y_TO, self.rows, step, None)
         elif x_TI.is_cuda and torch.cuda.is_current_stream_capturing():
             raise EngineError(f"{self.name}: a CUDA graph of {len(x_TI)} tokens, where at most {step.tokens} are known")
         elif weights.weight_TA.size:
-            super().add(x_TI, y_TO)
+            step = step if tokens <= step.tokens else self._tables.long_step
+            self._add_rows_from(x_TI[:tokens], y_TO[:tokens], self.rows, step, self.rows.most_rows)
 
     def forget(self, key: AbilityKey) -> None:
         """As :meth:`DeltaLayer.forget`."""

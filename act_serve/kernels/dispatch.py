@@ -17,7 +17,7 @@ from act_serve.kernels.step_table import StepTable
 from act_serve.kernels.torch_impl import add_rows_torch
 
 AddRows = Callable[[torch.Tensor, torch.Tensor, ActiveRows, TokenWeights], None]
-AddRowsFrom = Callable[[torch.Tensor, torch.Tensor, RowAddresses, StepTable], None]
+AddRowsFrom = Callable[[torch.Tensor, torch.Tensor, RowAddresses, StepTable, int | None], None]
 
 _log = logging.getLogger(__name__)
 

@@ -76,12 +76,17 @@ class RowTable:
         self._kept = (active, starts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LayerRows:
-    """One layer's part of a :class:`ModelRowTable`; :class:`RowAddresses`."""
+    """One layer's part of a :class:`ModelRowTable`; :class:`RowAddresses`.
+
+    Attributes:
+        most_rows: the most rows of one ability that the table has now.
+    """
 
     address_AC: torch.Tensor
     max_rows: int
+    most_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,7 +147,10 @@ class ModelRowTable:
             raise ValueError(f"{len(active)} abilities in a table for {len(self._address_ALC)}")
         if active:
             address_ALC = np.stack([rows.address_LC for rows in active])
-            address_ALC[:, :, MOST] = address_ALC[:, :, COUNT].max(axis=0)
+            most_L = address_ALC[:, :, COUNT].max(axis=0)
+            address_ALC[:, :, MOST] = most_L
+            for layer, most in zip(self.layers, most_L.tolist(), strict=True):
+                layer.most_rows = most
             copy_in_order(self._address_ALC[: len(active)], address_ALC)
         self._kept = tuple(active)
 

@@ -14,6 +14,8 @@ from act_serve.kernels.to_device import copy_in_order
 
 # Places of a block in the tables of CUDA graphs: the fewest that a tensor core multiplies at once.
 GRAPH_BLOCK = 16
+# Steps up to so many tokens have few uses per ability, and take the smallest blocks; longer ones larger.
+SHORT_TOKENS, LONG_TOKENS = 512, 4096
 
 
 class StepTable:
@@ -111,10 +113,17 @@ class StepTable:
         ability_B[: blocks.sum()] = np.repeat(found, blocks)
 
 
-def table_of(weights: TokenWeights, device: torch.device, *, block: int) -> StepTable:
-    """A table that one step fills."""
+def table_of(weights: TokenWeights, device: torch.device, *, block: int | None = None) -> StepTable:
+    """A table that one step fills, by default in the blocks that suit its length."""
     tokens, abilities = weights.weight_TA.shape
     most = int((weights.weight_TA != 0).sum(axis=1).max(initial=0))
-    table = StepTable(device, tokens=tokens, abilities=abilities, uses_per_token=max(1, most), block=block)
+    table = StepTable(
+        device, tokens=tokens, abilities=abilities, uses_per_token=max(1, most), block=block or block_for(tokens)
+    )
     table.fill(weights)
     return table
+
+
+def block_for(tokens: int) -> int:
+    """The places of a block, in the table of a step of so many tokens that no graph holds."""
+    return GRAPH_BLOCK if tokens <= SHORT_TOKENS else 64 if tokens <= LONG_TOKENS else 128

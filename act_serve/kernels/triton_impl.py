@@ -35,8 +35,6 @@ from act_serve.kernels.step_table import GRAPH_BLOCK, StepTable
 
 TritonError = triton.TritonError
 
-# Steps up to so many tokens have few uses per ability, and take the smallest blocks; longer ones larger.
-SHORT_TOKENS, LONG_TOKENS = 512, 4096
 # At most so many bytes of products at once: a step with more takes several pairs of launches, rows after rows.
 SCRATCH_BYTES = 256 << 20
 # So many programs fit on one processor of a GPU at once. Two of them draw its bandwidth: the input is cut until each
@@ -241,7 +239,9 @@ class _Shape(NamedTuple):
         return cls(rows, 128 // element_size, 4, 4 if block == 64 else 3)
 
 
-def add_rows(x_TI: torch.Tensor, y_TO: torch.Tensor, rows: RowAddresses, step: StepTable) -> None:
+def add_rows(
+    x_TI: torch.Tensor, y_TO: torch.Tensor, rows: RowAddresses, step: StepTable, most_rows: int | None = None
+) -> None:
     """The operation, in launches whose grids depend on shapes and on the tables' capacity only.
 
     Args:
@@ -249,12 +249,14 @@ def add_rows(x_TI: torch.Tensor, y_TO: torch.Tensor, rows: RowAddresses, step: S
             the step's tokens: those beyond are padding.
         y_TO: ``[T, O]``, same dtype, changed in place; an output is rounded once per ability.
         rows: of the layer, in the order of the step's abilities; same dtype.
-        step: for at least T tokens, in blocks that :func:`block_for` says or of ``GRAPH_BLOCK``.
+        step: for at least T tokens, in blocks of 16, 64 or 128.
+        most_rows: the most rows that an ability of the step has, where no graph will repeat the launches.
     """
     assert x_TI.stride(1) == 1, "the features of a token must lie side by side"
     assert y_TO.stride(1) == 1, "the features of a token must lie side by side"
     assert len(x_TI) == len(y_TO) <= step.tokens, "the table is for fewer tokens"
-    if not rows.max_rows:
+    most_rows = rows.max_rows if most_rows is None else most_rows
+    if not most_rows:
         return
     (tokens, in_features), out_features = x_TI.shape, y_TO.shape[1]
     shape, overlap = _Shape.of(step.block, x_TI.element_size()), _overlaps(x_TI.device)
@@ -262,12 +264,12 @@ def add_rows(x_TI: torch.Tensor, y_TO: torch.Tensor, rows: RowAddresses, step: S
     most_sliced = SLICED_PER_PROCESSOR * processors
     # Every use has its own line of products: that takes no more for many abilities than for one.
     uses = tokens * step.uses_per_token
-    window = min(triton.cdiv(rows.max_rows, 16) * 16, max(SCRATCH_BYTES // (4 * uses) // 128 * 128, 128))
+    window = min(triton.cdiv(most_rows, 16) * 16, max(SCRATCH_BYTES // (4 * uses) // 128 * 128, 128))
     size = max(uses * window, most_sliced * step.block * shape.rows)  # without slices, and with them
     scratch = torch.empty(size, dtype=torch.float32, device=x_TI.device)
     ranges, (ranges_per_program, at_once) = triton.cdiv(out_features, row_table.RANGE), SCATTERED[step.block]
     launch: dict[str, Any] = {"num_warps": 4} | ({"launch_pdl": True} if overlap else {})
-    for first in range(0, rows.max_rows, window):
+    for first in range(0, most_rows, window):
         _products[(PROGRAMS_PER_PROCESSOR * processors,)](
             x_TI, scratch, rows.address_AC, step.blocks_1, step.ability_B, step.use_P, step.slot_U, first,
             first + window, rows.address_AC.stride(0), step.uses_per_token, x_TI.stride(0), in_features,
@@ -281,11 +283,6 @@ def add_rows(x_TI: torch.Tensor, y_TO: torch.Tensor, rows: RowAddresses, step: S
             most_sliced=most_sliced, most_slices=MAX_SLICES, block_uses=step.block, block_rows=shape.rows,
             ranges_per_program=ranges_per_program, rows_at_once=at_once, overlap=overlap, **launch,
         )  # fmt: skip
-
-
-def block_for(tokens: int) -> int:
-    """The places of a block, in the table of a step of so many tokens that no graph holds."""
-    return GRAPH_BLOCK if tokens <= SHORT_TOKENS else 64 if tokens <= LONG_TOKENS else 128
 
 
 class TritonRows:
@@ -308,7 +305,7 @@ class TritonRows:
         """An output is rounded once per ability."""
         tokens = len(weights.weight_TA)
         if self._step is None or self._weights is not weights:
-            self._step = step_table.table_of(weights, x_TI.device, block=block_for(tokens))
+            self._step = step_table.table_of(weights, x_TI.device)
             self._weights = weights
         rows = self._rows.get(active)
         if rows is None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 
+from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.batch import BatchTable
 from act_serve.engine.graph_limits import GraphLimits
 from act_serve.engine.graph_tables import GraphDeltaLayer, GraphTables
@@ -22,10 +23,8 @@ def with_graphs(tokens: int, max_num_seqs: int) -> VllmConfig:
     return config
 
 
-@pytest.mark.parametrize(("tokens", "max_num_seqs", "abilities"), [(512, 64, 512), (8, 64, 64)])
-def test_the_tables_have_room_for_every_step_of_the_largest_graph(
-    tokens: int, max_num_seqs: int, abilities: int
-) -> None:
+@pytest.mark.parametrize(("tokens", "max_num_seqs", "abilities"), [(512, 64, 512), (8, 64, 512)])
+def test_the_tables_have_room_for_the_abilities_of_every_step(tokens: int, max_num_seqs: int, abilities: int) -> None:
     limits = GraphLimits.of(with_graphs(tokens, max_num_seqs), 8)
     assert limits is not None
     assert (limits.tokens, limits.abilities) == (tokens, abilities)
@@ -64,6 +63,20 @@ def test_compiled_models_are_kept_apart_from_those_of_other_workers() -> None:
     assert config.compute_hash() != other.compute_hash()
     assert config.additional_config["another"] == 1
     assert config.additional_config["act_serve"]["store"] == "s"
+
+
+def test_steps_longer_than_any_graph_take_the_same_rows_and_a_table_of_their_own() -> None:
+    batch, tables = BatchTable(), GraphTables(GraphLimits(tokens=2, requests=4, abilities_per_request=2))
+    tables.serve(torch.device("cpu"), [], [])
+    keys = [AbilityKey(f"r{number}", 1, "0" * 64) for number in range(8)]
+    batch.fill([1, 2, 3, 4], {i: {keys[2 * i - 2]: 1.0, keys[2 * i - 1]: 0.5} for i in (1, 2, 3, 4)})
+    tables.prepare(batch)
+    assert (tables.long_step.tokens, tables.long_step.uses_per_token) == (4, 2)
+    assert tables.long_step.blocks_1.item() == 8
+    assert tables.step.blocks_1.item() == 0
+    batch.fill([1, 0], {1: {keys[0]: 1.0}})
+    tables.prepare(batch)
+    assert tables.step.blocks_1.item() == 1
 
 
 def test_only_steps_with_adapters_have_layers_launch_their_kernels() -> None:

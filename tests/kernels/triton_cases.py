@@ -116,9 +116,9 @@ def test_rows_that_abilities_share_add_up_the_same_way_every_time(form: Form) ->
 
 @pytest.mark.parametrize(("tokens", "block"), [(6, 16), (7, 64), (12, 64), (13, 128)])
 def test_longer_steps_take_larger_blocks(monkeypatch: pytest.MonkeyPatch, tokens: int, block: int) -> None:
-    monkeypatch.setattr(triton_impl, "SHORT_TOKENS", 6)
-    monkeypatch.setattr(triton_impl, "LONG_TOKENS", 12)
-    assert triton_impl.block_for(tokens) == block
+    monkeypatch.setattr(step_table, "SHORT_TOKENS", 6)
+    monkeypatch.setattr(step_table, "LONG_TOKENS", 12)
+    assert step_table.block_for(tokens) == block
     x_TI, y_TO, active = inputs((tokens, 33, 17), torch.float32)
     compare(TritonRows(), x_TI, y_TO, active, traffic("composed", tokens, 4))
 
