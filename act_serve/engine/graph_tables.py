@@ -166,7 +166,7 @@ class GraphDeltaLayer(DeltaLayer):
         """As :meth:`DeltaLayer.add`.
 
         All layers read the same tables, also in steps that no graph holds: tables of each layer's own would have to be
-        made anew whenever the abilities of the steps change (a prompt then took 70 ms longer, 8B on an H100).
+        made anew whenever the abilities of the steps change.
         """
         weights = self.batch.weights
         if weights is None:
