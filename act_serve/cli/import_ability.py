@@ -50,11 +50,13 @@ def import_ability(
     from act_serve.delta.manifest import read_manifest
     from act_serve.models.loading import resolve_model
     from act_serve.pipeline.import_ability import import_ability as publish
+    from act_serve.pipeline.publish import published
 
+    shelf = open_store(store)
     folder, said = publish(
         source=source,
         base=resolve_model(base),
-        store=open_store(store),
+        store=shelf,
         stored=stored,
         p=p,
         name=check_name(name),
@@ -65,7 +67,7 @@ def import_ability(
     )
     counts = read_manifest(folder).counts
     kept = "every changed row" if said.exact else "the rows with the largest changes"
-    typer.echo(f"published {name}@{folder.name} in {folder}")
+    typer.echo(published(name, folder, shelf))
     typer.echo(
         f"{said.form}: kept {kept}, {counts.channels:,} rows, {counts.bytes / 1e6:.1f} MB; "
         f"relative error of the weight change {said.relative_error:.2g}"

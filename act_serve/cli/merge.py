@@ -55,6 +55,7 @@ def merge(
     from act_serve.delta.composition import check_name
     from act_serve.errors import RequestError
     from act_serve.pipeline.merge_abilities import merge_parts, publish_merged, read_parts
+    from act_serve.pipeline.publish import published
 
     recipe = _recipe(what, method, density, seed)
     if out is None and not dry_run:
@@ -75,10 +76,9 @@ def merge(
         export_hf(base=folder, deltas=merge_parts(recipe, parts), folder=Path(out), dtype=recipe.dtype)
         typer.echo(f"checkpoint merged by {recipe.merge_method} written to {out}")
         return
-    folder = publish_merged(
-        recipe=recipe, parts=parts, store=open_store(store), name=out, stored=stored, description=description
-    )
-    typer.echo(f"published {out}@{folder.name} in {folder}")
+    shelf = open_store(store)
+    folder = publish_merged(recipe=recipe, parts=parts, store=shelf, name=out, stored=stored, description=description)
+    typer.echo(published(out, folder, shelf))
 
 
 def _recipe(what: str, method: str | None, density: float | None, seed: int | None) -> "Recipe":

@@ -105,3 +105,16 @@ def publish_deltas(
 def channel_counts(base: Path) -> dict[str, int]:
     """The number of channels of each module of the model in `base` that holds channels."""
     return {module.name: module.out_features for module in channel_modules(base, OUTSIDE)}
+
+
+def published(name: str, folder: Path, store: Store) -> str:
+    """What to tell who published a version into `folder`, and that requests do not get it where that is so."""
+    version, served = int(folder.name), store.active(name)
+    told = f"published {name}@{version} in {folder}"
+    if served == version:
+        return told
+    place = store.root if store.mirror is None else "URL"
+    return (
+        f"{told}\nrequests for '{name}' without a version get {name}@{served}, as the store's state says, "
+        f"until you run: act-serve ability activate {name} {version} --store {place}"
+    )

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from rich.markup import escape
+
 from act_serve.abilities.store import Store
 from act_serve.models.loading import resolve_model
 from act_serve.models.pairs import check_pair
@@ -13,7 +15,7 @@ from act_serve.pipeline.neighbours import company
 from act_serve.pipeline.parent import Parent, find_parent
 from act_serve.pipeline.plan import make_plan
 from act_serve.pipeline.progress import Screen
-from act_serve.pipeline.publish import publish
+from act_serve.pipeline.publish import publish, published
 from act_serve.pipeline.search import Curve, smallest_candidate
 from act_serve.pipeline.source_model import source_model
 from act_serve.pipeline.stage_files import load_deltas
@@ -41,7 +43,7 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
     deltas, settled = load_deltas(candidate.final.folder), candidate.job.profile
     descent = origin.descent(settled, base)
     folder = publish(profile=settled, base=base, descent=descent, deltas=deltas, evidence=evidence, store=store)
-    screen.note(f"published [bold]{profile.name}@{folder.name}[/bold] in {folder}")
+    screen.note(escape(published(profile.name, folder, store)))
     return folder
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from act_serve.abilities.changes import activate
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import read_artifact
 from act_serve.errors import ActServeError, BaseMismatchError, ProfileError
@@ -59,6 +60,16 @@ def test_a_merge_is_a_new_version_with_its_parents(home: Path) -> None:
     assert second.stored == "int8"
     shown = call("inspect", "abilities/both/2")
     assert "two@1*1 + one@1*1 by priority" in shown
+
+
+def test_a_version_that_requests_do_not_get_is_said_to_be_one(home: Path) -> None:
+    merge = ("merge", "one+two", "both")
+    assert "requests" not in call(*merge)
+    activate(Store(home / "abilities"), "both", 1)
+    said = call(*merge)
+    assert "published both@2 in" in said
+    assert "get both@1, as the store's state says" in said
+    assert "act-serve ability activate both 2 --store abilities" in said
 
 
 def test_dry_run_shows_conflicts_and_writes_nothing(home: Path) -> None:
