@@ -135,10 +135,10 @@ def test_what_the_scratch_buffer_cannot_hold_is_done_rows_after_rows(
     monkeypatch: pytest.MonkeyPatch, form: Form
 ) -> None:
     monkeypatch.setattr(triton_impl, "SCRATCH_BYTES", 1)
-    x_TI, y_TO, active = inputs((5, 40, 2500), torch.bfloat16)
+    x_TI, y_TO, active = inputs((5, 40, 400), torch.bfloat16)
     with capture(execute=True) as graph:
         form(x_TI, y_TO.clone(), active, traffic("composed", 5, 4))
-    assert len(graph.launches) == 2 * 20  # of 128 rows each
+    assert len(graph.launches) == 2 * 4  # of 128 rows each
     compare(form, x_TI, y_TO, active, traffic("composed", 5, 4))
 
 
@@ -188,7 +188,7 @@ class Replayed:
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype"), [((33, 17), torch.float32), ((2100, 40), torch.bfloat16), ((16, 1100), torch.float32)], ids=str
+    ("size", "dtype"), [((33, 17), torch.float32), ((2100, 40), torch.bfloat16), ((16, 300), torch.float32)], ids=str
 )
 def test_a_captured_graph_replays_whatever_the_tables_hold(size: tuple[int, int], dtype: torch.dtype) -> None:
     """Random traffic: the launches are those of an idle capture; only buffers change, and none of them moves."""
