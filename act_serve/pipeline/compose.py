@@ -25,7 +25,7 @@ from act_serve.profile.schema import Data, Task
 def artifacts_of(composition: str, store: str | Path) -> list[tuple[Path, float]]:
     """The artifact folder and weight of each ability in a composition such as `fr+extract@1*0.5`.
 
-    An ability without a version means its latest. Raises RequestError for a malformed composition and
+    An ability without a version means the one that requests get. Raises RequestError for a malformed composition and
     UnknownAbilityError for an ability that the store lacks.
     """
     shelf = open_store(store)

@@ -10,7 +10,7 @@ from act_serve.delta.composition import Composition
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.manifest import Manifest
 from act_serve.errors import BuildError, RequestError
-from act_serve.pipeline.merge import Share, merge_deltas
+from act_serve.pipeline.compose import compose
 from act_serve.profile.schema import Profile
 
 
@@ -45,13 +45,14 @@ def neighbours(store: Store, base: Path, without: str) -> list[Neighbour]:
 def company(profile: Profile, store: Store, base: Path) -> tuple[Companion, ...]:
     """The compositions that `finetune.company` names.
 
-    Raises BuildError when one cannot be read, names no ability, or names one that the store lacks.
+    Raises BuildError when one cannot be read, names no ability, or names one that the store lacks, and
+    BaseMismatchError when it names a version that was built for another base.
     """
     there = _fitting(store, base) if profile.finetune.company else {}
-    return tuple(_companion(text, profile.name, store, there) for text in profile.finetune.company)
+    return tuple(_companion(text, profile.name, store, base, there) for text in profile.finetune.company)
 
 
-def _companion(text: str, trained: str, store: Store, there: Mapping[str, Manifest]) -> Companion:
+def _companion(text: str, trained: str, store: Store, base: Path, there: Mapping[str, Manifest]) -> Companion:
     try:
         wanted = Composition.parse(text).abilities
     except RequestError as exc:
@@ -63,19 +64,18 @@ def _companion(text: str, trained: str, store: Store, there: Mapping[str, Manife
         for ability in wanted
         if ability.name not in there
         or ability.name == trained
-        or (ability.version or 0) not in (0, *store.versions(ability.name))
+        or (ability.version is not None and ability.version not in store.versions(ability.name))
     ]
     if missing:
         raise BuildError(
             f"finetune.company names {', '.join(missing)}, which {store.root} does not have for this base; "
             "build that first, or take it off the list"
         )
-    found = [
-        _read(store, store.manifest(ability.name, ability.version or there[ability.name].version)) for ability in wanted
-    ]
-    key = tuple((other.key, ability.weight) for other, ability in zip(found, wanted, strict=True))
-    shares = [Share(other.deltas, ability.weight) for other, ability in zip(found, wanted, strict=True)]
-    return Companion(key, merge_deltas(shares, "sum"))
+    weights = [ability.weight for ability in wanted]
+    found = [store.manifest(ability.name, ability.version or there[ability.name].version) for ability in wanted]
+    artifacts = [store.fetch(manifest.name, manifest.version) for manifest in found]
+    key = tuple(zip((manifest.tensors_sha256 for manifest in found), weights, strict=True))
+    return Companion(key, compose(list(zip(artifacts, weights, strict=True)), base))
 
 
 def _fitting(store: Store, base: Path) -> dict[str, Manifest]:

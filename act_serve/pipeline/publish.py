@@ -113,7 +113,7 @@ def published(name: str, folder: Path, store: Store) -> str:
     told = f"published {name}@{version} in {folder}"
     if served == version:
         return told
-    place = store.root if store.mirror is None else "URL"
+    place = store.root if store.mirror is None else store.mirror.remote.location.shown
     return (
         f"{told}\nrequests for '{name}' without a version get {name}@{served}, as the store's state says, "
         f"until you run: act-serve ability activate {name} {version} --store {place}"

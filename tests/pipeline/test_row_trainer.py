@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import ModuleDelta
-from act_serve.errors import BuildError
+from act_serve.errors import BaseMismatchError, BuildError
 from act_serve.models.answering import answer_logits
 from act_serve.models.examples import Example, collate, encode
 from act_serve.models.loading import load_model, load_tokenizer
@@ -202,6 +202,16 @@ def test_company_that_cannot_be_is_refused(tmp_path: Path, named: str, said: str
     publish_random(store, base, "new", seed=1)
     profile = SimpleNamespace(name="new", finetune=FineTune(company=(named,)))
     with pytest.raises(BuildError, match=said):
+        company(profile, store, base)  # type: ignore[arg-type]
+
+
+def test_company_of_another_base_is_refused(tmp_path: Path) -> None:
+    base, other = make_llama(tmp_path / "base"), make_llama(tmp_path / "other", seed=1)
+    store = Store(tmp_path / "store")
+    publish_random(store, other, "r1", seed=1)
+    publish_random(store, base, "r1", seed=2, version=2)
+    profile = SimpleNamespace(name="new", finetune=FineTune(company=("r1@1",)))
+    with pytest.raises(BaseMismatchError, match="r1@1"):
         company(profile, store, base)  # type: ignore[arg-type]
 
 
