@@ -40,9 +40,7 @@ SCRATCH_BYTES = 256 << 20
 # So many programs fit on one processor of a GPU at once. Two of them draw its bandwidth: the input is cut until each
 # processor has two items, and no further, because every slice costs another line of products.
 PROGRAMS_PER_PROCESSOR, SLICED_PER_PROCESSOR, MAX_SLICES = 3, 2, 16
-# Ranges of outputs and rows at once of a program that adds products to the outputs, per size of blocks. Outputs of long
-# steps come from the GPU's memory, whose bandwidth needs long runs; those of short ones lie in the cache.
-SCATTERED = {16: (1, 128), 64: (8, 512), 128: (8, 512)}
+WARPS = 4
 # Programs take the blocks in groups of so many, which they multiply with the same rows while the cache has both.
 GROUP = 16
 # Where there is no GPU: what Triton's interpreter goes through one after the other.
@@ -223,20 +221,32 @@ def _scatter(
 
 
 class _Shape(NamedTuple):
-    """What one program of ``_products`` multiplies at once, and with how many warps and stages of its pipeline."""
+    """What one program does at once, in steps of one size of blocks.
+
+    Attributes:
+        rows, features: what ``_products`` multiplies a block with.
+        stages: of its pipeline.
+        ranges: of outputs, that ``_scatter`` adds to.
+        rows_at_once: products that it adds at once.
+    """
 
     rows: int
     features: int
-    warps: int
     stages: int
+    ranges: int
+    rows_at_once: int
 
     @classmethod
     def of(cls, block: int, element_size: int) -> _Shape:
-        """For blocks of so many uses."""
+        """For blocks of so many uses.
+
+        Outputs of long steps come from the GPU's memory, whose bandwidth needs long runs; those of short ones lie in
+        the cache.
+        """
         if block == GRAPH_BLOCK:
-            return cls(64, 256 // element_size, 4, 3)
+            return cls(64, 256 // element_size, stages=3, ranges=1, rows_at_once=128)
         rows = 64 if element_size > 2 else 128  # float32 has no tensor cores, and more rows no registers
-        return cls(rows, 128 // element_size, 4, 4 if block == 64 else 3)
+        return cls(rows, 128 // element_size, stages=4 if block == 64 else 3, ranges=8, rows_at_once=512)
 
 
 def add_rows(
@@ -267,21 +277,21 @@ def add_rows(
     window = min(triton.cdiv(most_rows, 16) * 16, max(SCRATCH_BYTES // (4 * uses) // 128 * 128, 128))
     size = max(uses * window, most_sliced * step.block * shape.rows)  # without slices, and with them
     scratch = torch.empty(size, dtype=torch.float32, device=x_TI.device)
-    ranges, (ranges_per_program, at_once) = triton.cdiv(out_features, row_table.RANGE), SCATTERED[step.block]
-    launch: dict[str, Any] = {"num_warps": 4} | ({"launch_pdl": True} if overlap else {})
+    ranges = triton.cdiv(out_features, row_table.RANGE)
+    launch: dict[str, Any] = {"num_warps": WARPS} | ({"launch_pdl": True} if overlap else {})
     for first in range(0, most_rows, window):
         _products[(PROGRAMS_PER_PROCESSOR * processors,)](
             x_TI, scratch, rows.address_AC, step.blocks_1, step.ability_B, step.use_P, step.slot_U, first,
             first + window, rows.address_AC.stride(0), step.uses_per_token, x_TI.stride(0), in_features,
             most_sliced=most_sliced, most_slices=MAX_SLICES, group=GROUP, block_uses=step.block, block_rows=shape.rows,
             block_features=shape.features, even=in_features % shape.features == 0, overlap=overlap,
-            interpreted=_INTERPRETED, **launch | {"num_warps": shape.warps, "num_stages": shape.stages},
+            interpreted=_INTERPRETED, num_stages=shape.stages, **launch,
         )  # fmt: skip
-        _scatter[(tokens, triton.cdiv(ranges, ranges_per_program))](
+        _scatter[(tokens, triton.cdiv(ranges, shape.ranges))](
             y_TO, scratch, rows.address_AC, step.blocks_1, step.ability_U, step.slot_U, step.weight_U, first,
             first + window, rows.address_AC.stride(0), step.uses_per_token, y_TO.stride(0), ranges,
             most_sliced=most_sliced, most_slices=MAX_SLICES, block_uses=step.block, block_rows=shape.rows,
-            ranges_per_program=ranges_per_program, rows_at_once=at_once, overlap=overlap, **launch,
+            ranges_per_program=shape.ranges, rows_at_once=shape.rows_at_once, overlap=overlap, **launch,
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def assembly(kernel: Any, capability: int, element: str, constants: dict[str, An
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in free}
     signature = {name: kinds[name] for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": shape.warps, "num_stages": shape.stages}
+    options = {"num_warps": triton_impl.WARPS, "num_stages": shape.stages}
     return str(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"])
 
 
@@ -40,10 +40,10 @@ def main() -> None:
         products = {"group": 16, "block_features": shape.features, "even": True, "interpreted": False}
         # Both operands in every stage: 16 bytes per copy and thread.
         size = (block + shape.rows) * shape.features * (2 if element == "bf16" else 4)
-        print("// products", size * shape.stages // (16 * 32 * shape.warps))
+        print("// products", size * shape.stages // (16 * 32 * triton_impl.WARPS))
         print(assembly(triton_impl._products, capability, element, shared | products, shape))
         print("// scatter")
-        scatter = {"ranges_per_program": 1, "rows_at_once": 128}
+        scatter = {"ranges_per_program": shape.ranges, "rows_at_once": shape.rows_at_once}
         print(assembly(triton_impl._scatter, capability, element, shared | scatter, shape))
 
 
