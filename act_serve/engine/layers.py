@@ -8,7 +8,8 @@ such method: their ``forward`` is wrapped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -140,7 +141,7 @@ class DeltaEmbeddingMethod(_DeltaMethod):
         """As vLLM's ``UnquantizedEmbeddingMethod.embedding``; the result includes the step's abilities."""
         y: torch.Tensor = self.wrapped.embedding(layer, input_)
         if torch.compiler.is_compiling():
-            torch.ops.act_serve.add_ability_rows(input_, y, self.layer_name)
+            _add_in_graph(input_, y, self.layer_name)
         elif self.delta_layer.batch.weights is not None:
             self.delta_layer.add(input_, y)
         return y
@@ -155,7 +156,7 @@ def _with_scales(forward: Callable[..., Any], layer: DeltaLayer) -> Callable[...
         # With a residual, what is normalised is the sum, which comes back as the second value.
         y, normalised = (done, x) if residual is None else done
         if torch.compiler.is_compiling():
-            torch.ops.act_serve.add_ability_rows(normalised, y, name)
+            _add_in_graph(normalised, y, name)
         elif layer.batch.weights is not None:
             layer.add(normalised, y)
         return done
@@ -174,10 +175,30 @@ class DeltaLinearMethod(_DeltaMethod):
         """As vLLM's ``LinearMethodBase.apply``; the result includes the step's abilities."""
         y = self.wrapped_apply(layer, x, bias)
         if torch.compiler.is_compiling():
-            torch.ops.act_serve.add_ability_rows(x, y, self.layer_name)
+            _add_in_graph(x, y, self.layer_name)
         elif self.delta_layer.batch.weights is not None:
             self.delta_layer.add(x, y)
         return y
+
+
+_rows_in_graphs = True
+
+
+def _add_in_graph(x: torch.Tensor, y: torch.Tensor, layer: str) -> None:
+    """Puts the operator into the graph that the compiler is making."""
+    if _rows_in_graphs:
+        torch.ops.act_serve.add_ability_rows(x, y, layer)
+
+
+@contextmanager
+def left_out_of_graphs() -> Iterator[None]:
+    """Graphs that are made meanwhile are those of the model without abilities."""
+    global _rows_in_graphs
+    _rows_in_graphs = False
+    try:
+        yield
+    finally:
+        _rows_in_graphs = True
 
 
 def add_ability_rows(x: torch.Tensor, y: torch.Tensor, layer: str) -> None:
@@ -205,7 +226,7 @@ def _without_dispatcher(x: torch.Tensor, y: torch.Tensor, layer: str) -> None:
         _dispatched(x, y, layer)
 
 
-# Compiled code calls this once per layer in every step, whether abilities are active or not. Each layer's weights push
-# torch's dispatcher out of the cache, and an empty call through it then takes 24 us; without it, 6 (an Intel Xeon; a
-# step of SmolLM2-135M has 121). `_op` is what `OpOverload.__call__` calls.
+# Compiled code calls this once per layer in every step with abilities. Each layer's weights push torch's dispatcher out
+# of the cache, and an empty call through it then takes 24 us; without it, 6 (an Intel Xeon; a step of SmolLM2-135M has
+# 121). `_op` is what `OpOverload.__call__` calls.
 _OPERATOR._op = _without_dispatcher

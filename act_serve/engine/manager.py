@@ -85,6 +85,7 @@ class AbilityManager:
 
     Attributes:
         modules: the checkpoint modules that deltas may change, with their whole shapes, whichever worker has them.
+        batch: the step's table.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class AbilityManager:
         self._fingerprint, self._gather, self._store = fingerprint, gather, store
         self._graph_limits, self._graphs = graph_limits, None if graph_limits is None else GraphTables(graph_limits)
         self._max_resident_bytes = max_resident_bytes
-        self._batch = BatchTable()
+        self.batch = BatchTable()
         self._compositions: dict[int, _Resolved] = {}
         self._last_mapping: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._loader, self._read_buffer = _one_thread(), ReadBuffer()
@@ -171,7 +172,7 @@ class AbilityManager:
             # Norms and the embedding lie in the graphs, too, and have no form that reads tables; lm_head does not.
             plans = [plan for plan in plans if plan.kind in ("linear", "lm_head")]
             make_linear = partial(GraphDeltaLayer, tables=self._graphs)
-        layers: list[Any] = [attach(plan, self._batch, kernels[plan.dtype], make_linear) for plan in plans]
+        layers: list[Any] = [attach(plan, self.batch, kernels[plan.dtype], make_linear) for plan in plans]
         parts = [part for plan in plans for part in plan.parts]
         self.modules = whole_modules(self._gather(parts))
         if self._graphs is not None:
@@ -223,7 +224,7 @@ class AbilityManager:
             mapping: vLLM's ``LoRAMapping``; ``index_mapping`` holds one adapter id per token, ``prompt_mapping`` one
                 per position that a token is sampled from; 0 for the base.
         """
-        self._batch.begin_step()
+        self.batch.begin_step()
         if self._loaded:  # in the shadow of a step, and not in the way of the one that waited for the ability
             self._loader.submit(self._residents.prepare_memory)
             self._loaded = False
@@ -239,7 +240,7 @@ class AbilityManager:
             raise EngineError(f"tokens name adapters that were never added: {sorted(unknown)}")
         self._fill(ids_T, active, mapping.prompt_mapping)
         if self._graphs is not None:
-            self._graphs.prepare(self._batch, made_up=bool(unknown))
+            self._graphs.prepare(self.batch, made_up=bool(unknown))
         self._last_mapping = (ids_T, mapping.prompt_mapping)
 
     @contextmanager
@@ -263,7 +264,7 @@ class AbilityManager:
 
     def _forget_step(self) -> None:
         """Empties the tables, and has the next step fill them again even where its tokens are the last one's."""
-        self._batch.clear()
+        self.batch.clear()
         if self._graphs is not None:
             self._graphs.reset()
         self._last_mapping = None
@@ -313,10 +314,10 @@ class AbilityManager:
 
     def _fill(self, ids_T: tuple[int, ...], active: dict[int, _Resolved], sampled_ids: tuple[int, ...]) -> None:
         if not active:
-            self._batch.clear()
+            self.batch.clear()
             return
         keys = {key for resolved in active.values() for key in resolved.weights}
         for resolved in active.values():
             self._load(resolved, in_use=keys, over_budget=True)
         self._residents.touch(keys)
-        self._batch.fill(ids_T, {i: resolved.weights for i, resolved in active.items()}, sampled_ids)
+        self.batch.fill(ids_T, {i: resolved.weights for i, resolved in active.items()}, sampled_ids)

@@ -19,6 +19,7 @@ from act_serve.abilities.store import open_store
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.graph_limits import GraphLimits
+from act_serve.engine.idle_model import compile_without_rows
 from act_serve.engine.manager import AbilityManager
 from act_serve.engine.plan import Part
 from act_serve.engine.settings import (
@@ -81,9 +82,24 @@ class AbilityWorker(_Worker):
             self.vllm_config.lora_config = lora_config
         if getattr(self.model_runner, "lora_manager", None) is not self.ability_manager:
             raise EngineError("this vLLM did not take the ability manager; start it with --enable-lora")
-        if current_platform.is_cpu() and not self.use_v2_model_runner and not get_pp_group().is_first_rank:
-            self._make_stage_input()
+        if current_platform.is_cpu() and not self.use_v2_model_runner:
+            if not get_pp_group().is_first_rank:
+                self._make_stage_input()
+            self._compile_twice()
         return loaded
+
+    def _compile_twice(self) -> None:
+        """Has vLLM's warm-up, which compiles the model, compile it for steps without abilities too.
+
+        GPUs hide an operator that has nothing to add behind what runs there, and graphs of such steps hold none.
+        """
+        warm_up = self.model_runner.warming_up_model
+
+        def warm_up_both() -> None:
+            warm_up()
+            compile_without_rows(self.model_runner.get_model(), self.vllm_config, self.ability_manager.batch, warm_up)
+
+        self.model_runner.warming_up_model = warm_up_both
 
     def _make_stage_input(self) -> None:
         """Makes the buffer that a pipeline stage copies its input to; vLLM makes it in a warm-up, which CPUs skip."""

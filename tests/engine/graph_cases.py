@@ -318,6 +318,6 @@ def test_what_no_table_has_room_for_is_refused(bench: Bench) -> None:
     with pytest.raises(RequestError, match="at most 2"):
         bench.step([("r0+r1+r2", 1)])
     # Were one to come all the same, it would not be left out in silence.
-    bench.manager._batch.weights = TokenWeights(np.ones((3, PER_REQUEST + 1)))
+    bench.manager.batch.weights = TokenWeights(np.ones((3, PER_REQUEST + 1)))
     with pytest.raises(EngineError, match="does not fit the tables of the CUDA graphs"):
-        bench.manager._graphs.prepare(bench.manager._batch)  # type: ignore[union-attr]
+        bench.manager._graphs.prepare(bench.manager.batch)  # type: ignore[union-attr]

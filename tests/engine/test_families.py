@@ -48,6 +48,22 @@ def _compiled(worker: Any) -> bool:
     return bool(getattr(worker.get_model().model, "compiled", False))
 
 
+def _count_calls(worker: Any) -> int:
+    """How often compiled code has called the operator that adds rows on vLLM's worker since the last question."""
+    from act_serve.engine import layers
+
+    if not hasattr(worker, "calls"):
+        worker.calls, call = 0, layers._OPERATOR._op
+
+        def counted(*args: Any) -> None:
+            worker.calls += 1
+            call(*args)
+
+        layers._OPERATOR._op = counted
+    calls, worker.calls = worker.calls, 0
+    return int(calls)
+
+
 @pytest.mark.parametrize(
     ("family", "kv_heads", "options"),
     [
@@ -78,5 +94,15 @@ def test_mixed_batch_equals_the_merged_checkpoints(
     with running_engine(base, store, dtype="float32", max_model_len=256, **options) as llm:
         answers = serve_mixed(llm, store)
         compiled = llm.collective_rpc(_compiled)
+        if not options.get("enforce_eager", True):
+            check_idle_steps(llm, store)
     assert set(compiled) == {not options.get("enforce_eager", True)}
     check_answers(answers, lambda text: merged_model(base, store, text))
+
+
+def check_idle_steps(llm: Any, store: Store) -> None:
+    """Steps without abilities run code that has nothing of them in it; the next step with one has it."""
+    llm.collective_rpc(_count_calls)
+    for compositions, called in ([""], False), (["", "r1"], True), ([""], False):
+        serve_mixed(llm, store, compositions, max_tokens=2)
+        assert [bool(calls) for calls in llm.collective_rpc(_count_calls)] == [called], compositions

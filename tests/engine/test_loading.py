@@ -49,7 +49,7 @@ class Engine:
             linear: Any = SimpleNamespace(input_size=in_features, params_dtype=torch.float32)
             part = Part(name, ModuleShape(out_features, in_features), range(out_features), 0)
             plans.append(LayerPlan(name, linear, (part,), slice(None), adds_bias=True))
-            layers.append(DeltaLayer(name, self.ability_manager._batch, add_rows_reference))
+            layers.append(DeltaLayer(name, self.ability_manager.batch, add_rows_reference))
         self.layers = layers
         self.ability_manager.modules = whole_modules([[part for plan in plans for part in plan.parts]])
         self.ability_manager._residents = ResidentAbilities(plans, layers, torch.device("cpu"), room)
