@@ -3,8 +3,7 @@
 Compiled code that has the operator of :mod:`act_serve.engine.layers` behind every layer calls it in every step. On a
 CPU each call costs, even where it has nothing to add: what it looks at has left the cache by then, pushed out by the
 layer's weights. So the model is compiled a second time without them, into the code that vLLM would run alone, and each
-step takes the one it needs. Weights are those of the one model; what this costs is a second compilation at the first
-start, which vLLM keeps on disk like the first.
+step takes the one it needs. Weights are those of the one model; what this costs is a second compilation at the start.
 """
 
 from __future__ import annotations
