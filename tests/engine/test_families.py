@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from act_serve.abilities.store import Store
 from tests.abilities_for_tests import merged_model, publish_random
 from tests.engine.conftest import running_engine
-from tests.engine.mixed_batch import check_answers, serve_mixed
+from tests.engine.mixed_batch import Answer, check_answers, serve_mixed
 from tests.tiny_models import make_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -95,14 +95,16 @@ def test_mixed_batch_equals_the_merged_checkpoints(
         answers = serve_mixed(llm, store)
         compiled = llm.collective_rpc(_compiled)
         if not options.get("enforce_eager", True):
-            check_idle_steps(llm, store)
+            answers += serve_alone(llm, store)
     assert set(compiled) == {not options.get("enforce_eager", True)}
     check_answers(answers, lambda text: merged_model(base, store, text))
 
 
-def check_idle_steps(llm: Any, store: Store) -> None:
-    """Steps without abilities run code that has nothing of them in it; the next step with one has it."""
+def serve_alone(llm: Any, store: Store) -> list[Answer]:
+    """Serves base, ability and base again; steps without abilities must run code that has nothing of them in it."""
     llm.collective_rpc(_count_calls)
+    answers = []
     for compositions, called in ([""], False), (["", "r1"], True), ([""], False):
-        serve_mixed(llm, store, compositions, max_tokens=2)
+        answers += serve_mixed(llm, store, compositions)
         assert [bool(calls) for calls in llm.collective_rpc(_count_calls)] == [called], compositions
+    return answers
