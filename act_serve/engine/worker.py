@@ -96,6 +96,7 @@ class AbilityWorker(_Worker):
         warm_up = self.model_runner.warming_up_model
 
         def warm_up_both() -> None:
+            self.model_runner.warming_up_model = warm_up  # vLLM warms models without a KV cache up once more
             warm_up()
             compile_without_rows(self.model_runner.get_model(), self.vllm_config, self.ability_manager.batch, warm_up)
 
