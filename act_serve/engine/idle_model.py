@@ -8,44 +8,35 @@ step takes the one it needs. Weights are those of the one model; what this costs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from act_serve.engine.batch import BatchTable
 from act_serve.engine.layers import left_out_of_graphs
 
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
-
-def compile_without_rows(
-    model: torch.nn.Module, config: VllmConfig, batch: BatchTable, compile_model: Callable[[], None]
-) -> int:
+def compile_without_rows(model: torch.nn.Module, batch: BatchTable, compile_model: Callable[[], None]) -> None:
     """Compiles the parts of ``model`` that are compiled already a second time, without rows.
+
+    Nothing is done where nothing is compiled, or not ahead of time (``VLLM_USE_AOT_COMPILE=0``).
 
     Args:
         model: its compiled parts are those with an ``aot_compiled_fn`` (vllm/compilation/decorators.py).
-        config: the engine's; what vLLM keeps the compiled code under.
         batch: the step's table; a step without weights runs without rows.
         compile_model: compiles what is not compiled yet, such as by vLLM's warm-up.
-
-    Returns:
-        the number of parts; 0 where nothing is compiled, or not ahead of time (``VLLM_USE_AOT_COMPILE=0``).
     """
     parts: list[Any] = [part for part in model.modules() if getattr(part, "aot_compiled_fn", None) is not None]
     if not parts:
-        return 0
+        return
     with_rows = [part.aot_compiled_fn for part in parts]
     for part in parts:
         part.aot_compiled_fn, part.compiled, part.was_aot_compile_fn_loaded_from_disk = None, False, False
-    with left_out_of_graphs(), _kept_apart(config):
+    with left_out_of_graphs():
         compile_model()
     for part, active in zip(parts, with_rows, strict=True):
         part.aot_compiled_fn = _by_step(batch, active, part.aot_compiled_fn)
-    return len(parts)
 
 
 def _by_step(batch: BatchTable, active: Callable[..., Any], idle: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,14 +44,3 @@ def _by_step(batch: BatchTable, active: Callable[..., Any], idle: Callable[..., 
         return (idle if batch.weights is None else active)(*args, **kwargs)
 
     return run
-
-
-@contextmanager
-def _kept_apart(config: VllmConfig) -> Iterator[None]:
-    """Has vLLM keep what is compiled meanwhile under another name: it knows the settings, not what the layers hold."""
-    settings = config.additional_config
-    config.additional_config = {**settings, "act_serve": {**settings.get("act_serve", {}), "compiled_for": "no rows"}}
-    try:
-        yield
-    finally:
-        config.additional_config = settings

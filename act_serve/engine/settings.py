@@ -29,7 +29,7 @@ class EngineSettings:
             bfloat16 instructions.
         max_model_len: tokens of prompt and answer together.
         max_num_seqs: requests in one batch; compositions cost nothing, so each may have its own.
-        enforce_eager: skip torch.compile, which makes the start about a minute shorter, and CUDA graphs.
+        enforce_eager: skip torch.compile, which makes the start minutes shorter, and CUDA graphs.
         kv_cache_gib: memory of the KV cache on the CPU backend, in whole GiB.
         max_resident_bytes: budget of the resident abilities' tensors, in bytes.
         abilities_per_request: the most abilities that one request may name where steps run in CUDA graphs, whose

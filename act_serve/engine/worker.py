@@ -95,10 +95,15 @@ class AbilityWorker(_Worker):
         """
         warm_up = self.model_runner.warming_up_model
 
+        def warm_up_without_rows() -> None:
+            mark_compiled_model(self.vllm_config, "without rows")
+            warm_up()
+            mark_compiled_model(self.vllm_config)
+
         def warm_up_both() -> None:
             self.model_runner.warming_up_model = warm_up  # vLLM warms models without a KV cache up once more
             warm_up()
-            compile_without_rows(self.model_runner.get_model(), self.vllm_config, self.ability_manager.batch, warm_up)
+            compile_without_rows(self.model_runner.get_model(), self.ability_manager.batch, warm_up_without_rows)
 
         self.model_runner.warming_up_model = warm_up_both
 
@@ -153,16 +158,16 @@ def check_whole_steps(config: VllmConfig) -> None:
         raise EngineError("abilities do not run with fast prefill; leave --kv-sharing-fast-prefill out")
 
 
-def mark_compiled_model(config: VllmConfig) -> dict[str, Any]:
+def mark_compiled_model(config: VllmConfig, form: str = "with rows") -> dict[str, Any]:
     """act-serve's part of vLLM's ``additional_config``, with a mark that compiled models are kept under.
 
     vLLM keeps compiled models from one start to the next, by a hash of its settings and of the model's code
     (vllm/compilation/decorators.py). Neither says which worker compiled it, and a model that was compiled with vLLM's
-    own LoRA layers, or by another version of this package, lacks what is added here. ``additional_config`` is part of
-    the hash (``VllmConfig.compute_hash``).
+    own LoRA layers, by another version of this package or in another ``form``, lacks what is added here.
+    ``additional_config`` is part of the hash (``VllmConfig.compute_hash``).
     """
     options: dict[str, Any] = (config.additional_config or {}).get("act_serve", {})
-    marked = {**options, "compiled_with": f"act-serve {__version__}"}
+    marked = {**options, "compiled_with": f"act-serve {__version__}, {form}"}
     config.additional_config = {**(config.additional_config or {}), "act_serve": marked}
     return options
 

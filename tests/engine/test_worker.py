@@ -63,6 +63,11 @@ def test_compiled_models_are_kept_apart_from_those_of_other_workers() -> None:
     assert config.compute_hash() != other.compute_hash()
     assert config.additional_config["another"] == 1
     assert config.additional_config["act_serve"]["store"] == "s"
+    with_rows = config.compute_hash()
+    mark_compiled_model(config, "without rows")
+    assert config.compute_hash() not in (with_rows, other.compute_hash())
+    mark_compiled_model(config)
+    assert config.compute_hash() == with_rows
 
 
 def test_steps_longer_than_any_graph_take_the_same_rows_and_a_table_of_their_own() -> None:
