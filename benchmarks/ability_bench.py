@@ -35,8 +35,10 @@ class Bench:
     again, or another section, takes them from there.
     """
 
-    def __init__(self, *, store: Path, profiles: Path, builds: Path, kept: Path, items: int | None) -> None:
-        self.store, self._builds, self._kept_file, self._items = store, builds, kept, items
+    def __init__(
+        self, *, store: Path, profiles: Path, builds: Path, kept: Path, items: int | None, seed: int | None = None
+    ) -> None:
+        self.store, self._builds, self._kept_file, self._items, self._seed = store, builds, kept, items, seed
         self.profiles = {
             name: load_profile(profiles / f"{name}.yaml")
             for name in Store(store).names()
@@ -55,10 +57,13 @@ class Bench:
         return self.questions(self.profiles[name], self.profiles[name].retain)
 
     def questions(self, profile: Profile, tasks: Sequence[Task]) -> list[Question]:
-        """The tasks with their test examples, as many as was asked for."""
-        return [
-            Question(task, load_examples(task.data, "test", self._items or task.items, profile.seed)) for task in tasks
-        ]
+        """The tasks with their test examples, as many as was asked for, drawn with the bench's seed or the profile's."""
+        seed = profile.seed if self._seed is None else self._seed
+        return [Question(task, load_examples(task.data, "test", self._items or task.items, seed)) for task in tasks]
+
+    def draws_other_examples(self, name: str) -> bool:
+        """Whether the test examples are not those that the ability's stored figures were measured on."""
+        return self._seed not in (None, self.profiles[name].seed)
 
     def source(self, name: str) -> Path | None:
         """The folder of the model that the ability was built from, where it is at hand and still the same."""

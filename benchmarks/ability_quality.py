@@ -3,12 +3,13 @@
     python -m benchmarks.ability_quality --json quality.json                     # everything
     python -m benchmarks.ability_quality --json quality.json --only pairs,repair
     python -m benchmarks.ability_quality --json quick.json --quick               # 16 items a task: does it run?
+    python -m benchmarks.ability_quality --json second.json --seed 1             # other test examples
 
 Sections: quality (base, source, transfer, delta, retained tasks), general (ARC-easy, PIQA, HellaSwag), pairs and
 triples (abilities composed), multilingual (word problems in French under fr@2 + reason), repair (an ability model gets
 back what it lost). The numbers of every item lie beside the JSON file, in FILE.items.json: an interrupted run goes on
 there, and sections share them. Source models are measured where the builds' folder has them; else the figure that the
-artifact stores is shown, marked with *.
+artifact stores is shown, marked with *, unless other test examples were drawn.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         builds=options.work or cache_home() / "builds",
         kept=options.json.with_suffix(".items.json"),
         items=items,
+        seed=options.seed,
     )
     if not bench.profiles:
         raise SystemExit(f"{options.store} holds no ability with a profile in {options.profiles}")
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             figures = section()
             report[name] = {
                 "items": items or "as in the profiles",
+                "seed": "as in the profiles" if options.seed is None else options.seed,
                 "abilities": _versions(bench),
                 "seconds": round(time.perf_counter() - start, 1),
                 "figures": figures,
@@ -102,6 +105,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="the builds' folder, for source models; default as build-delta's")
     parser.add_argument("--items", type=int, help="examples per task; default what the profiles say, 300 in general")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ITEMS} examples per task")
+    parser.add_argument("--seed", type=int, help="of the draw of test examples; default the profiles'")
     parser.add_argument("--only", type=_names, default=tuple(TABLES), help=",".join(TABLES))
     parser.add_argument("--triples", action="append", help=f"composition to measure; repeatable; default {TRIPLE}")
     parser.add_argument("--threads", type=int, help="CPU threads")

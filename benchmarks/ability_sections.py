@@ -32,7 +32,7 @@ def _quality(bench: Bench, name: str) -> Figure:
     own, retained = bench.own(name), bench.retained(name)
     base, delta = (bench.measure(composition, [*own, *retained]) for composition in ("", name))
     measured = bench.measure("", own, model=source) if source else {}
-    stored = {score.task: score for score in manifest.scores}
+    stored = {} if bench.draws_other_examples(name) else {score.task: score for score in manifest.scores}
     tasks = []
     for question in own:
         task = question.task.name

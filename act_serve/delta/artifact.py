@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from act_serve.errors import ArtifactDamagedError, StoreError
 
 # Hashed while the core's cache holds it.
 _CHUNK_BYTES = 256 << 10
+_COARSEST_TIME_NS = 2_000_000_000
 # Torch has no arithmetic for its narrower floating types.
 _FLOATING = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 
@@ -151,28 +153,53 @@ def write_artifact(folder: Path, manifest: Manifest, tensors: bytes, files: Mapp
 class ReadBuffer:
     """Memory that artifacts are read into, one after the other: new memory takes longer to get than to fill.
 
+    A file that was hashed once is hashed again only when the file system says that it is another one, or that it was
+    written to: abilities come and go, and hashing takes as long as everything else about reading them.
+
     Args:
         most: bytes that it keeps; a larger file gets memory of its own.
     """
 
     def __init__(self, most: int = 64 << 20) -> None:
         self._most, self._kept = most, bytearray()
+        self._hashed: dict[Path, tuple[tuple[int, ...], str]] = {}
 
     def read(self, path: Path) -> tuple[memoryview, str]:
         """The bytes of a file, until the next one is read, and their sha256; raises OSError."""
-        digest = hashlib.sha256()
         with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            memory = self._kept
+            state = _state(file.fileno())
+            then, known = self._hashed.get(path, (state, ""))
+            digest = None if known and then == state else hashlib.sha256()
+            size, memory = state[2], self._kept
             if size > len(memory):
                 memory = bytearray(size)
                 if size <= self._most:
                     self._kept = memory
             whole, filled = memoryview(memory)[:size], 0
             while count := file.readinto(whole[filled : filled + _CHUNK_BYTES]):
-                digest.update(whole[filled : filled + count])
+                if digest:
+                    digest.update(whole[filled : filled + count])
                 filled += count
-        return whole[:filled], digest.hexdigest()
+            unchanged = _state(file.fileno()) == state
+        whole = whole[:filled]
+        if digest:
+            known = digest.hexdigest()
+            if unchanged and _settled(state):
+                self._hashed[path] = state, known
+        elif not unchanged:
+            known = hashlib.sha256(whole).hexdigest()
+        return whole, known
+
+
+def _state(file: int) -> tuple[int, ...]:
+    """What is another one after every change of a file; the last of it is when, in nanoseconds."""
+    found = os.fstat(file)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _settled(state: tuple[int, ...]) -> bool:
+    """Whether the next change will have another time, which file systems keep to the ms or to the second."""
+    return time.time_ns() - state[-1] > _COARSEST_TIME_NS
 
 
 def read_artifact(

@@ -91,6 +91,10 @@ def test_quality_is_measured_once_and_agrees_with_the_build(home: Path, capsys: 
     report = json.loads((home / "q.json").read_text())
     assert report.keys() == {"quality", "pairs", "repair"}
     assert report["pairs"]["figures"]["demo+second"]["abilities"].keys() == {"demo", "second"}
+    ability_quality.main([*common(home), "--json", str(home / "other.json"), "--only", "quality", "--seed", "1"])
+    drawn = json.loads((home / "other.json").read_text())["quality"]
+    assert drawn["seed"] == 1
+    assert "transfer" not in drawn["figures"]["demo"]["tasks"][0], "a stored figure is not of these examples"
 
 
 def test_methods_are_compared_at_equal_bytes(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
 from act_serve.abilities.store import Store
+from act_serve.delta import artifact as artifact_module
 from act_serve.delta.artifact import ModuleDelta, ReadBuffer, read_artifact, serialize_modules, write_artifact
 from act_serve.delta.manifest import MANIFEST_FILE, TENSORS_FILE
 from act_serve.errors import ArtifactDamagedError, StoreError
 from tests.abilities_for_tests import manifest_for, publish_random, random_modules
+
+# More than what file systems round times to.
+CLOCK_TICK_S = 0.02
 
 
 @pytest.fixture
@@ -160,3 +167,50 @@ def test_one_buffer_takes_artifacts_of_any_size_in_turn(tiny_qwen: Path, tmp_pat
         _, found = read_artifact(folder, buffer=buffer)
         assert all(torch.equal(found[name].delta, module.delta) for name, module in expected.items())
         assert all(torch.equal(found[name].rows, module.rows) for name, module in expected.items())
+
+
+def test_a_file_is_hashed_again_only_when_it_was_written_to(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, buffer = publish_random(Store(tmp_path), tiny_qwen, "a", seed=1), ReadBuffer()
+    sha256 = Mock(wraps=hashlib.sha256)
+    monkeypatch.setattr(artifact_module.hashlib, "sha256", sha256)
+    for _ in range(2):
+        read_artifact(folder, buffer=buffer)
+    assert sha256.call_count == 2, "a file as young as this may change and keep its time"
+    monkeypatch.setattr(artifact_module, "_COARSEST_TIME_NS", 0)
+    for _ in range(2):
+        read_artifact(folder, buffer=buffer)
+    assert sha256.call_count == 3
+
+    tensors = folder / TENSORS_FILE
+    times = tensors.stat()
+    data = bytearray(tensors.read_bytes())
+    data[-1] ^= 1
+    time.sleep(CLOCK_TICK_S)
+    tensors.write_bytes(data)
+    os.utime(tensors, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ArtifactDamagedError, match="sha256"):
+        read_artifact(folder, buffer=buffer)
+
+
+def test_what_changes_while_a_known_file_is_read_is_noticed(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, buffer = publish_random(Store(tmp_path), tiny_qwen, "a", seed=1), ReadBuffer()
+    monkeypatch.setattr(artifact_module, "_COARSEST_TIME_NS", 0)
+    read_artifact(folder, buffer=buffer)
+    tensors = folder / TENSORS_FILE
+    data, look = bytearray(tensors.read_bytes()), artifact_module._state
+    data[-1] ^= 1
+
+    def looked_then_written(file: int) -> tuple[int, ...]:
+        found = look(file)
+        if bytes(data) != tensors.read_bytes():
+            time.sleep(CLOCK_TICK_S)
+            tensors.write_bytes(data)
+        return found
+
+    monkeypatch.setattr(artifact_module, "_state", looked_then_written)
+    with pytest.raises(ArtifactDamagedError, match="sha256"):
+        read_artifact(folder, buffer=buffer)
