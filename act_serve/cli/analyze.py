@@ -20,7 +20,7 @@ SkipOption = Annotated[
 ]
 RankingOption = Annotated[
     list[str] | None,
-    typer.Option("--ranking", help="Rankings to compare abilities by; may be repeated. Default: all but random."),
+    typer.Option("--ranking", help="Rankings to compare by; may be repeated. Default: all that fit in memory."),
 ]
 FinetuneOption = Annotated[bool, typer.Option("--finetune/--no-finetune", help="Sufficiency after fine-tuning too.")]
 ItemsOption = Annotated[int | None, typer.Option("--items", min=1, help="At most N test examples per task.")]
@@ -52,23 +52,28 @@ def analyze(
     at, loaded = _shares(shares), [load_profile(path) for path in profiles]
     _require_build_extra()
     from rich.console import Console
+    from rich.markup import escape
 
     from act_serve.home import cache_home
-    from act_serve.pipeline.analyze.analysis import Options
+    from act_serve.pipeline.analyze.analysis import Options, refuse_impossible
     from act_serve.pipeline.analyze.analysis import analyze as run
     from act_serve.pipeline.analyze.report import prepare_folder, write_report
     from act_serve.pipeline.analyze.subject import open_subjects
     from act_serve.pipeline.progress import Screen
 
+    options = Options(at, _parts(skip or []), _rankings(ranking or []), finetune, items)
+    refuse_impossible(loaded, options)
     _quieten(threads)
     prepare_folder(out)
     console = Console()
     subjects = open_subjects(loaded, work or cache_home() / "builds", Screen(console))
-    found = run(subjects, Options(at, _parts(skip or []), _rankings(ranking or []), finetune, items))
+    found = run(subjects, options)
     page = write_report(found, subjects, out)
     for finding in found.findings:
         if finding.verdict is not None:
             console.print(f"[bold]{finding.title}[/bold]: {finding.verdict}. {finding.sentences[1]}", highlight=False)
+    for note in found.notes:
+        console.print(f"[bold]Note[/bold]: {escape(note)}", highlight=False)
     console.print(f"\nreport: {page}", highlight=False)
 
 
@@ -84,12 +89,12 @@ def _shares(text: str) -> tuple[float, ...]:
 
 
 def _rankings(names: list[str]) -> "tuple[Ranking, ...]":
-    """The rankings asked for, or all but random; a usage error for an unknown one."""
+    """The rankings asked for; a usage error for an unknown one."""
     from act_serve.pipeline.analyze.analysis import COMPARED
 
     if unknown := [name for name in names if name not in COMPARED]:
         raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(COMPARED)}", param_hint="--ranking")
-    return tuple(each for each in COMPARED if each in names) or COMPARED
+    return tuple(each for each in COMPARED if each in names)
 
 
 def _parts(names: list[str]) -> "frozenset[Part]":

@@ -80,11 +80,17 @@ def build_delta(
 
 
 def _searching(profile: "Profile", keep: float | None) -> "Profile":
-    """The profile with the share to keep that the command line asks for."""
+    """The profile with the share to keep that the command line asks for; ProfileError where there is no such share."""
+    from act_serve.errors import ProfileError
     from act_serve.profile.schema import Search
 
     if keep is None:
         return profile
+    if profile.source.ability is not None:
+        raise ProfileError(
+            f"{profile.name}: --keep asks for a share of a source model's gain, and this profile goes on from the "
+            f"ability {profile.source.ability}, with its rows and no model; build it without --keep"
+        )
     search = profile.search or Search()
     return profile.model_copy(update={"search": search.model_copy(update={"keep": keep})})
 

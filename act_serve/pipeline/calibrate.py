@@ -8,6 +8,7 @@ from torch import Tensor
 
 from act_serve.errors import BuildError, ModelError, PairMismatchError
 from act_serve.models.examples import Example
+from act_serve.models.free_memory import out_of_memory
 from act_serve.pipeline.memory_use import memory_use
 from act_serve.pipeline.rankings.catalogue import RANKINGS
 from act_serve.pipeline.rankings.score import Pair
@@ -33,7 +34,9 @@ def score_channels(
     layerwise = memory_use(ranking, memory, base, include).layerwise
     try:
         scores = RANKINGS[ranking].score(Pair(base, source, tuple(examples), seed, layerwise, tuple(include)))
-    except (MemoryError, torch.OutOfMemoryError) as exc:
+    except (MemoryError, RuntimeError, ModelError) as exc:  # ModelError: a model that does not fit
+        if not out_of_memory(exc):
+            raise
         raise BuildError(f"out of memory while ranking by {ranking}: {_advice(ranking, layerwise)}") from exc
     for name, score in scores.items():
         if not torch.isfinite(score).all():

@@ -25,7 +25,7 @@ class Job:
     """One build: its profile, the base's folder, the folder of its stage records and what the user sees.
 
     `company` are the abilities that the rows are trained to work with, `variant` names the point of a search that this
-    job is for, and `peak_bytes` collects each stage's peak memory.
+    job is for, and `peak_bytes` collects each stage's own peak memory.
     """
 
     profile: Profile
@@ -48,7 +48,8 @@ class Job:
             stage = run_stage(self.work, named, inputs, lambda folder: make(folder, report))
         self.peak_bytes[named] = stage.peak_bytes
         shutil.rmtree(self.unfinished(inputs), ignore_errors=True)
-        took = "kept from an earlier run" if stage.resumed else f"{stage.seconds:.0f} s"
+        memory = f", {stage.peak_bytes / 2**20:,.0f} MiB of memory more" if stage.peak_bytes else ""
+        took = "kept from an earlier run" if stage.resumed else f"{stage.seconds:.0f} s{memory}"
         self.screen.note(f"[green]✓[/green] {named:<22} {took}")
         return stage
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +26,7 @@ HIGHER_IS_BETTER = {
 RIVALS = ("ca", "de", "en", "es", "fr", "it", "la", "nl", "pt", "ro")
 LIKELIHOOD_METRICS = frozenset({"nll", "perplexity"})
 Numbers = list[float]
+_NUMBER = re.compile(r"(?:(?<![\w)%])[-−])?\d+(?:\.\d+)?")
 
 
 def score_of(metric: str, sums_S: Sequence[float]) -> float:
@@ -41,7 +43,7 @@ def answer_numbers(metric: str, given: Sequence[str], wanted: Sequence[str], lan
 
     `exact_match`: share of answers equal to the wanted ones, as parsed JSON where the wanted one is JSON, else as
     text. `json_fields`: share of the wanted objects' fields that the answers have with the same value.
-    `final_number`: share of answers whose last whole number is the wanted one's last. `chrf`: corpus chrF (character
+    `final_number`: share of answers whose last number equals the wanted one's last. `chrf`: corpus chrF (character
     n-grams up to 6, beta 2), 0 to 100, by sacrebleu. `language_share`: share of answers that lingua takes for
     `language` (ISO 639-1), among it and the languages of `RIVALS`.
     """
@@ -106,9 +108,10 @@ def _identifier(language: str) -> Callable[[str], str | None]:
     return identify
 
 
-def _last_number(text: str) -> str | None:
-    found = re.findall(r"\d+", text.replace(",", ""))
-    return found[-1].lstrip("0") or "0" if found else None
+def _last_number(text: str) -> Decimal | None:
+    """The last of `12`, `1,234`, `-3.5`; in `10-12` the hyphen is no sign, and a full stop ends a sentence."""
+    found = _NUMBER.findall(re.sub(r"(?<=\d),(?=\d)", "", text))
+    return Decimal(found[-1].replace("−", "-")) if found else None
 
 
 def _parsed(text: str) -> Any:

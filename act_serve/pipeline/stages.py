@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
-from act_serve.errors import BuildError
+from act_serve.errors import BuildError, ModelError
+from act_serve.models.free_memory import out_of_memory, return_freed
 from act_serve.pipeline.peak_memory import forget_peak, peak_bytes
 
 RECORD = "record.json"
@@ -23,7 +23,9 @@ RECORD = "record.json"
 class Stage:
     """A finished stage: its files are in `folder`; `key` names its inputs and so everything in it.
 
-    `peak_bytes` is the most memory held while it was made, 0 where that is not known.
+    `peak_bytes` is the most memory that making it took beside what was held when it began: on the GPU where there is
+    one, else of the process, mapped files included. Where Linux's /proc is missing it is only what went beyond the peak
+    of all earlier stages. 0 where it is not known.
     """
 
     folder: Path
@@ -54,18 +56,22 @@ def run_stage(work: Path, name: str, inputs: Mapping[str, Any], make: Callable[[
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
+        return_freed()  # or what earlier stages left would hide what this one takes
         forget_peak()
+        held = peak_bytes()
         start = time.monotonic()
         make(staging)
         seconds = time.monotonic() - start
-        peak = peak_bytes()
+        peak = max(peak_bytes() - held, 0)
         record = {"key": key, "seconds": round(seconds, 1), "peak_bytes": peak, "inputs": dict(inputs)}
         (staging / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     except (OSError, SafetensorError) as exc:
         raise BuildError(f"stage {name} could not be kept in {work}: {exc}; earlier stages are safe") from exc
-    except (MemoryError, torch.OutOfMemoryError) as exc:
+    except (MemoryError, RuntimeError, ModelError) as exc:  # ModelError: a model that does not fit
+        if not out_of_memory(exc):
+            raise
         raise BuildError(
             f"stage {name} ran out of memory; use smaller batches or a smaller model pair. Earlier stages are kept"
         ) from exc

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -85,6 +86,32 @@ def test_mistakes_are_our_own_errors(home: Path, words: tuple[str, ...], monkeyp
     with pytest.raises(ActServeError):
         call(*words, "--base", "base", "--store", "store")
     assert not (home / "merged").exists()
+
+
+SHIPPED = Path(__file__).parents[2] / "profiles" / "abilities"
+
+
+def test_share_to_keep_needs_an_ability_model(home: Path) -> None:
+    with pytest.raises(ProfileError, match=r"es: --keep .* goes on from the ability es"):
+        call("build-delta", SHIPPED / "es-2.yaml", "--keep", 0.95, "--plan")
+
+
+def test_analysis_needs_an_ability_model(home: Path) -> None:
+    with pytest.raises(ProfileError, match=r"es goes on from the ability es .* source\.model or source\.train"):
+        call("analyze", SHIPPED / "es-2.yaml", "--out", home / "out", "--work", home / "work")
+    assert not (home / "work").exists()
+
+
+def test_ranking_that_cannot_go_layer_by_layer_is_refused_before_anything_runs(home: Path) -> None:
+    for name in ("left", "right"):
+        content = yaml.safe_load((SHIPPED / "extract.yaml").read_text())
+        content |= {"name": name, "base": str(home / "base"), "localize": {"memory": "layerwise"}}
+        (home / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    where = ("--ranking", "gradient", "--out", home / "out", "--work", home / "work")
+    with pytest.raises(ProfileError, match=r"gradient .* left, right"):
+        call("analyze", home / "left.yaml", home / "right.yaml", *where)
+    assert not (home / "work").exists()
+    assert not (home / "out").exists()
 
 
 def test_all_profiles_are_checked_before_any_is_built(home: Path) -> None:

@@ -1,9 +1,12 @@
 """The embedded base is converted once and is the model that the shipped abilities were built for."""
 
+import errno
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from act_serve.abilities.store import Store
 from act_serve.delta.fingerprint import fingerprint_model
@@ -43,6 +46,56 @@ def test_damaged_model(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ModelError, match="can't be loaded"):
         loading.load_model(folder)
+
+
+def test_model_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starved(*_: object, **__: object) -> torch.Tensor:
+        return torch.empty(10**15)
+
+    folder = make_llama(tmp_path / "model")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", starved)
+    with pytest.raises(ModelError, match="does not fit in memory"):
+        loading.load_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["ConnectError", "ReadError", "ReadTimeout", "RemoteProtocolError"])
+def test_download_that_breaks_off(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = pytest.importorskip(HTTPError.__module__.partition(".")[0])  # the one that the hub's client is built on
+
+    def breaks_off(*_: object, **__: object) -> str:
+        raise getattr(client, kind)("")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", breaks_off)
+    with pytest.raises(ModelError, match=rf"owner/model: could not be fetched from the hub \({kind}: "):
+        loading.resolve_model("owner/model")
+
+
+def test_id_that_the_hub_refuses() -> None:
+    with pytest.raises(ModelError, match="could not be fetched") as caught:
+        loading.resolve_model("owner/mo..del")
+    assert isinstance(caught.value.__cause__, HFValidationError)
+
+
+def test_conversion_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        assert list((tmp_path / "home" / "models").glob(".smollm*/*.safetensors"))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tiny = loading.load_model(make_llama(tmp_path / "tiny"))
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
+    monkeypatch.setattr(loading, "_embedded_gguf", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: tiny)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", full)
+    with pytest.raises(ModelError, match=f"No space left on device.*{HOME_VARIABLE}"):
+        loading.embedded_base()
+    assert [path.suffix for path in (tmp_path / "home" / "models").iterdir()] in ([], [".lock"])
+
+
+def test_home_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "file"))
+    with pytest.raises(ModelError, match=HOME_VARIABLE):
+        loading.embedded_base()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What is tested was never trained on, and missing data says what to do."""
 
+import errno
 import json
 import re
 from collections.abc import Iterator
@@ -120,6 +121,26 @@ def test_off_debian_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(DataError, match=debian_package.FOLDER_VARIABLE):
         debian_package.unpacked_package("no-such-package", "usr/share/no-such-package")
     assert not list((tmp_path / "datasets").glob(".*.tmp"))
+
+
+def test_package_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_command: list[str], folder: Path, _package: str) -> None:
+        (folder / "half.deb").write_text("half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("ACT_SERVE_HOME", str(tmp_path))
+    monkeypatch.setattr(debian_package, "_run", full)
+    monkeypatch.setattr(debian_package.shutil, "which", lambda name: f"/usr/bin/{name}")
+    with pytest.raises(DataError, match=r"No space left on device.*ACT_SERVE_HOME"):
+        debian_package.unpacked_package("no-such-package", "usr/share/no-such-package")
+    assert not [path for path in (tmp_path / "datasets").iterdir() if path.suffix != ".lock"]
+
+
+def test_package_with_a_home_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ACT_SERVE_HOME", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="ACT_SERVE_HOME"):
+        debian_package.unpacked_package("no-such-package", "usr/share/no-such-package")
 
 
 def test_jsonl_goes_round(tmp_path: Path) -> None:

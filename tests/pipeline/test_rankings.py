@@ -1,5 +1,6 @@
 """Scores are what their formulas say."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -146,10 +147,30 @@ def test_models_that_do_not_differ(pair: Pair) -> None:
             scores(ranking, Pair(pair.base, pair.base, pair.examples))
 
 
-def test_out_of_memory_says_what_to_do(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    def starved(*_: object) -> None:
-        raise torch.OutOfMemoryError("too large")
+def of_the_gpu(*_: object, **__: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr("act_serve.pipeline.rankings.gradient.load_model", starved)
-    with pytest.raises(BuildError, match="weight_relative"):
+
+def of_main_memory(*_: object, **__: object) -> torch.Tensor:
+    return torch.empty(10**15)
+
+
+@pytest.mark.parametrize("starved", [of_the_gpu, of_main_memory])
+@pytest.mark.parametrize(
+    "at", ["act_serve.pipeline.rankings.gradient.cross_entropy", "transformers.AutoModelForCausalLM.from_pretrained"]
+)
+def test_out_of_memory_says_what_to_do(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, at: str, starved: Callable[..., torch.Tensor]
+) -> None:
+    monkeypatch.setattr(at, starved)
+    with pytest.raises(BuildError, match=r"out of memory while ranking by gradient: .*weight_relative"):
+        scores("gradient", pair)
+
+
+def test_another_failure_is_not_taken_for_a_lack_of_memory(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> torch.Tensor:
+        return torch.ones(2) @ torch.ones(3)
+
+    monkeypatch.setattr("act_serve.pipeline.rankings.gradient.cross_entropy", fails)
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         scores("gradient", pair)

@@ -21,6 +21,33 @@ def test_json_fields_counts_fields() -> None:
     assert answer_score("json_fields", ["[1]", "3"], WANTED) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted", "right"),
+    [
+        ("3 + 4 = 7. Answer: 7.", "Answer: 7", True),
+        ("1,234 in all", "1234", True),
+        ("007", "7", True),
+        ("first 8, then 9", "8", False),
+        ("pages 10-12", "12", True),
+        ("word-12", "12", True),
+        ("no number", "7", False),
+        ("It costs 3.5", "5", False),
+        ("It costs 3.5", "3.50", True),
+        ("It costs 1,234.5.", "1234.5", True),
+        ("It costs 1,234.5", "5", False),
+        ("1.000", "0", False),
+        ("1.000", "1", True),
+        ("-12", "12", False),
+        ("x = -12.", "-12.0", True),
+        ("\N{MINUS SIGN}12", "-12", True),
+        ("7 - 3 = 4, so 10%-12", "12", True),
+        ("9" * 5000, "9" * 5000 + ".0", True),
+    ],
+)
+def test_final_number_is_compared_by_its_value(given: str, wanted: str, right: bool) -> None:
+    assert answer_score("final_number", [given], [wanted]) == float(right)
+
+
 def test_chrf() -> None:
     assert answer_score("chrf", ["le chat"], ["le chat"]) == pytest.approx(100.0)
     assert answer_score("chrf", ["xyz"], ["le chat"]) == 0.0

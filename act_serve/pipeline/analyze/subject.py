@@ -18,6 +18,7 @@ from act_serve.pipeline.calibrate import score_channels, score_name
 from act_serve.pipeline.datasets.catalogue import examples_hash
 from act_serve.pipeline.job import Job
 from act_serve.pipeline.localize import localize
+from act_serve.pipeline.memory_use import memory_use
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.rankings.catalogue import RANKINGS
 from act_serve.pipeline.source_model import source_model
@@ -54,6 +55,12 @@ class Subject:
         """The profile's ranking, or the nearest one that reads text where the profile's doesn't."""
         ranking = self.job.profile.localize.ranking
         return ranking if RANKINGS[ranking].reads_text else "activation_per_module"
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether its models are compared one layer at a time."""
+        settings = self.job.profile.localize
+        return memory_use(self.text_ranking, settings.memory, self.job.base, settings.include).layerwise
 
     def differences(self, examples: Sequence[Example], ranking: Ranking) -> dict[str, Tensor]:
         """What `ranking` ranks by, `[O]` per module; on `examples` unless it reads weights alone."""
@@ -93,8 +100,15 @@ class Subject:
 def open_subjects(profiles: Sequence[Profile], builds: Path, screen: Screen) -> list[Subject]:
     """Makes or finds the ability models of several profiles whose builds lie in `builds`.
 
-    Raises ProfileError when two profiles have the same name or another base, PairMismatchError for a bad pair.
+    Raises ProfileError when two profiles have the same name or another base, or one has no ability model,
+    PairMismatchError for a bad pair.
     """
+    for profile in profiles:
+        if profile.source.ability is not None:
+            raise ProfileError(
+                f"{profile.name} goes on from the ability {profile.source.ability} and has no ability model to compare "
+                "with the base; analyze a profile with source.model or source.train, such as the one it extends"
+            )
     names = [profile.name for profile in profiles]
     if len(set(names)) < len(names):
         raise ProfileError(f"two profiles have the same name: {', '.join(sorted(names))}; give each ability once")

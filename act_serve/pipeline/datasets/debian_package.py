@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from act_serve.errors import DataError
-from act_serve.home import cache_home
+from act_serve.home import HOME_VARIABLE, cache_home
 
 FOLDER_VARIABLE = "ACT_SERVE_DATA"
 
@@ -18,7 +18,7 @@ def unpacked_package(package: str, probe: str) -> Path:
 
     `probe` is a path inside the package, relative to `/`, that proves that the folder is the right one. Tried in
     this order: `$ACT_SERVE_DATA/<package>`, `$ACT_SERVE_DATA`, the running system, the cache, `apt-get download`.
-    Raises DataError with what to do when none of them has it.
+    Raises DataError with what to do when none of them has it, or the cache can't be written.
     """
     cached = cache_home() / "datasets" / package
     named = os.environ.get(FOLDER_VARIABLE)
@@ -26,10 +26,16 @@ def unpacked_package(package: str, probe: str) -> Path:
     for folder in [*candidates, Path("/"), cached]:
         if (folder / probe).exists():
             return folder
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(cached) + ".lock"):
-        if not (cached / probe).exists():
-            _download(package, cached)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(cached) + ".lock"):
+            if not (cached / probe).exists():
+                _download(package, cached)
+    except OSError as exc:
+        raise DataError(
+            f"the data of {package} could not be kept in {cached}: {exc}; make room, or name another folder with "
+            f"{HOME_VARIABLE}=FOLDER"
+        ) from exc
     if not (cached / probe).exists():
         raise DataError(f"the Debian package {package} has no {probe}. {_advice(package)}")
     return cached
@@ -40,8 +46,8 @@ def _download(package: str, folder: Path) -> None:
         raise DataError(f"the data of {package} is not on this machine, and it is no Debian. {_advice(package)}")
     staging = folder.with_name(f".{package}.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         _run(["apt-get", "download", package], staging, package)
         archive = next(staging.glob("*.deb"))
         _run(["dpkg-deb", "-x", archive.name, "files"], staging, package)

@@ -14,17 +14,19 @@ from rich.console import Console
 from act_serve.abilities.store import Store
 from act_serve.delta.channels import OUTSIDE
 from act_serve.errors import BuildError, ProfileError
-from act_serve.pipeline.analyze.analysis import Options, analyze
+from act_serve.pipeline import memory_use
+from act_serve.pipeline.analyze.analysis import COMPARED, PARTS, Options, Part, analyze, refuse_impossible
 from act_serve.pipeline.analyze.measure_channels import measure_heat_map
 from act_serve.pipeline.analyze.report import prepare_folder, write_report
 from act_serve.pipeline.analyze.subject import open_subjects
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.run import build
 from act_serve.profile.load import load_profile
-from act_serve.profile.schema import Profile
+from act_serve.profile.schema import Profile, Source
 from tests.tiny_models import make_llama, plant
 
 P = 0.125
+PAIR = {"left": "abcdefgh", "right": "stuvwxyz"}
 
 
 def profile(folder: Path, name: str, letters: str, **changes: Any) -> Profile:
@@ -60,7 +62,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(planted: Path) -> Path:
-    profiles = [profile(planted, "left", "abcdefgh"), profile(planted, "right", "stuvwxyz")]
+    profiles = [profile(planted, name, letters) for name, letters in PAIR.items()]
     subjects = open_subjects(profiles, planted / "work", Screen(Console(file=io.StringIO())))
     found = analyze(subjects, Options(shares=(0.05, P, 0.25)))
     return write_report(found, subjects, planted / "out")
@@ -181,6 +183,38 @@ def test_builds_stages_are_used(planted: Path, tmp_path: Path) -> None:
     analyze(subjects, Options(shares=(P,), skip=frozenset({"stability"})))
     kept = {line.split()[1] for line in said.getvalue().splitlines() if "kept from" in line}
     assert kept >= {"source", "calibrate", "localize", "transfer", "finetune"}
+
+
+@pytest.mark.parametrize("memory", ["layerwise", "auto"])
+def test_rankings_that_cannot_go_layer_by_layer_are_left_out(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    monkeypatch.setattr(memory_use, "free_bytes", lambda: 1)
+    changes = {"localize": {"p": P, "calibration_items": 12, "memory": memory}}
+    profiles = [profile(planted, name, letters, **changes) for name, letters in PAIR.items()]
+    subjects = open_subjects(profiles, tmp_path, Screen(Console(file=io.StringIO())))
+    skip: frozenset[Part] = frozenset(PARTS) - {"disentanglement"}
+    found = analyze(subjects, Options(shares=(P,), skip=skip))
+    compared = {record.ranking for record in found.records["disentanglement"]}
+    assert compared == set(COMPARED) - {"gradient"}
+    (note,) = found.notes
+    assert re.search("not compared by gradient.* left, right .*one layer at a time. .*memory: together", note)
+
+
+def test_profile_s_own_ranking_must_go_with_the_others_memory(planted: Path) -> None:
+    left = profile(planted, "left", "abcdefgh", localize={"p": P, "ranking": "gradient"})
+    right = profile(planted, "right", "stuvwxyz", localize={"p": P, "memory": "layerwise"})
+    with pytest.raises(ProfileError, match="gradient"):
+        refuse_impossible([left, right], Options())
+    refuse_impossible([right, left], Options())
+    refuse_impossible([left, right], Options(skip=frozenset({"disentanglement"})))
+    refuse_impossible([right], Options(rankings=("gradient",)))
+
+
+def test_profiles_that_go_on_from_an_ability_have_no_model_to_analyse(planted: Path, tmp_path: Path) -> None:
+    going_on = profile(planted, "left", "abcdefgh").model_copy(update={"source": Source(ability="left@1")})
+    with pytest.raises(ProfileError, match=r"left goes on from the ability left@1"):
+        open_subjects([going_on], tmp_path, Screen(Console(file=io.StringIO())))
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
