@@ -1,17 +1,20 @@
 """Throughput of the engine with abilities, as ratios to the base model, all sides measured in turn in one run.
 
-    python -m benchmarks.engine_throughput [--rounds 5] [--json FILE] [--check] [--cases base idle one ...]
+    python -m benchmarks.engine_throughput [--rounds 5] [--starts 1] [--json FILE] [--check] [--cases base idle one ...]
 
 Every engine that a case needs is up at the same time, each in its own processes: the base model, the base model with
 abilities, stock vLLM with the same deltas written as exact LoRA adapters, the checkpoint that an ability is merged
 into, and both of the first two in vLLM's compiled mode. Every round measures every case once (stock LoRA only the first
 one), so that noise of the machine meets all cases alike; a case's ratio is the median over rounds of (its tok/s / that
-of the case that it is compared with in that round).
+of the case that it is compared with in that round). An engine keeps what its processes got at their start, such as the
+place of their memory, and two starts of the same engine differ by up to 5 %: what is to be told apart by less takes
+several `--starts`, each with all rounds.
 
-``limit`` is what memory traffic allows: bytes read per decoding step by the base, over those with the case's active
-delta rows added (each read once per step, whatever the number of tokens). ``merged`` is the bound of ``one``: the same
-answers from a server that can give no others. ``switching`` is what another ability costs (benchmarks/switching.py).
-``base`` is always measured.
+``limit`` is what memory traffic allows in decoding: bytes read per step by the base, over those with the case's active
+delta rows added (each read once per step, whatever the number of tokens). In prefill it is what arithmetic allows:
+multiplications of a prompt's token by the base, over those with its ability's rows. ``merged`` is the bound of ``one``:
+the same answers from a server that can give no others. ``switching`` is what another ability costs
+(benchmarks/switching.py). ``base`` is always measured.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.engines import ABILITIES, REQUESTS, Engines, composition
+from benchmarks.engines import ABILITIES, PROMPT_TOKENS, REQUESTS, Engines, composition
 
 SHARE = 0.05
 
@@ -99,13 +102,27 @@ def prepare(base: Path, work: Path) -> dict[str, int]:
 
 
 def limits(base: Path, sizes: dict[str, int]) -> dict[str, float]:
-    """Per decoding case, the ratio to base that memory traffic allows."""
+    """Per case with abilities, the ratio to base that memory traffic allows, or in prefill arithmetic."""
     base_bytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     found = {}
     for case in ("idle", "one", "four_mixed", "compose_3_of_8"):
         used = {part.split("*")[0] for i in range(REQUESTS) for part in composition(case, i).split("+") if part}
         found[case] = base_bytes / (base_bytes + sum(sizes[name] for name in used))
-    return found
+    return {**found, "prefill_four": _prefill_limit(base)}
+
+
+def _prefill_limit(base: Path) -> float:
+    """A prompt's token is multiplied with every linear weight, its ability's rows, and the tokens before it."""
+    from transformers import AutoConfig
+
+    from act_serve.models.families import channel_modules
+
+    config = AutoConfig.from_pretrained(base)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    linear = sum(module.out_features * module.in_features for module in channel_modules(base))
+    # Queries with keys and scores with values; half of the prompt comes before a token on average.
+    attention = config.num_hidden_layers * config.num_attention_heads * head_size * PROMPT_TOKENS
+    return (linear + attention) / (linear + attention + SHARE * linear)
 
 
 def switching(base: Path, dtype: str) -> dict[str, float]:
@@ -162,6 +179,7 @@ def main() -> None:
     """Measures, prints a table, and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=1, help="of all engines, each with so many rounds")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true", help="exit 1 where a measured ratio is far below its floor")
     parser.add_argument("--dtype", default="auto", help="of all sides; auto as the server's")
@@ -182,13 +200,14 @@ def main() -> None:
     try:
         limit = limits(base, prepare(base, work))
         switch = switching(base, options.dtype) if SWITCHING in options.cases else {}
-        with Engines(dict.fromkeys(CASES[case].engine for case in names), base, work, options.dtype) as engines:
-            for case in names:
-                engines.tokens_per_second(CASES[case].engine, case, WARM_UP_TOKENS)
-            measure(engines, results, options.rounds)
-            if options.check and (low := below_floor(summarize(results, limit))):
-                print(f"below the floor: {', '.join(low)}; measuring {MORE_ROUNDS} rounds more", file=sys.stderr)
-                measure(engines, results, MORE_ROUNDS)
+        for start in range(1, options.starts + 1):
+            with Engines(dict.fromkeys(CASES[case].engine for case in names), base, work, options.dtype) as engines:
+                for case in names:
+                    engines.tokens_per_second(CASES[case].engine, case, WARM_UP_TOKENS)
+                measure(engines, results, options.rounds)
+                if options.check and start == options.starts and (low := below_floor(summarize(results, limit))):
+                    print(f"below the floor: {', '.join(low)}; measuring {MORE_ROUNDS} rounds more", file=sys.stderr)
+                    measure(engines, results, MORE_ROUNDS)
     finally:
         shutil.rmtree(work)
     cases = summarize(results, limit)

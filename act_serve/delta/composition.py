@@ -124,10 +124,10 @@ def check_name(name: str) -> str:
         RequestError: it does not match ``[a-z0-9][a-z0-9_-]{0,63}``.
     """
     if not _NAME.fullmatch(name):
-        raise RequestError(
-            f"{name[:80]!r} is not an ability name: use 1 to 64 of a-z, 0-9, '_' and '-', not starting with '_' or '-'",
-            param="abilities",
-        )
+        rule = "use 1 to 64 of a-z, 0-9, '_' and '-', not starting with '_' or '-'"
+        if "@" in name or "*" in name:
+            rule = 'version and weight are fields beside it: {"name": "fr", "version": 2, "weight": 0.5}'
+        raise RequestError(f"{name[:80]!r} is not an ability name: {rule}", param="abilities")
     return name
 
 

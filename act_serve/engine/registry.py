@@ -22,7 +22,7 @@ from act_serve.engine.held import Held
 from act_serve.engine.metrics import AbilityMetrics
 from act_serve.engine.resolver import adapter_request
 from act_serve.engine.seats import Seats
-from act_serve.errors import ActServeError, EngineError, RequestError, StoreError, UnknownAbilityError
+from act_serve.errors import ActServeError, EngineError, RequestError, UnknownAbilityError
 
 # Compositions that vLLM's app remembers; an entry is a few hundred bytes. Far more than can be in flight at once.
 _CAPACITY = 16_384
@@ -119,22 +119,24 @@ class CompositionRegistry:
             logger.warning("Pinned abilities are not loaded ahead: %s", exc)
             return
         if wanted.keys() != self._pinned_before:
-            self._pinned_before = set(wanted)
-            self._left_out.clear()
-        taken = 0
-        for key, size in wanted.items():
-            if key in self._left_out:
-                continue
-            try:
-                if taken + size > self.seats.max_bytes:
-                    raise EngineError("there is no room for it beside the others; raise max_resident_bytes")
-                if key not in self.seats:
+            self._pinned_before, self._left_out = set(wanted), set()
+            free = self.seats.max_bytes
+            for key, size in wanted.items():
+                if size <= free:
+                    free -= size
+                else:
+                    self._leave_out(key, "there is no room for it beside the others; raise max_resident_bytes")
+        for key in wanted:
+            if key not in self._left_out and key not in self.seats:
+                try:
                     async with self.hold(f"{next(iter(self._base_names))}:{key}"):
                         logger.info("Loaded pinned ability %s ahead of requests", key)
-                taken += size
-            except ActServeError as exc:
-                self._left_out.add(key)
-                logger.warning("Pinned ability %s is not loaded ahead: %s", key, exc)
+                except ActServeError as exc:
+                    self._leave_out(key, exc)
+
+    def _leave_out(self, key: AbilityKey, reason: object) -> None:
+        self._left_out.add(key)
+        logger.warning("Pinned ability %s is not loaded ahead: %s", key, reason)
 
     async def keep_pinned(self) -> None:
         """Loads what is pinned, or activated of what is pinned, from now on; until it is cancelled."""
@@ -209,11 +211,8 @@ class CompositionRegistry:
             raise EngineError(f"the engine failed at {method}{args}: {exc}") from exc
 
     def _pinned(self, keys: Iterable[AbilityKey]) -> set[AbilityKey]:
-        try:
-            state = self._admission.store.state()
-        except StoreError:  # a pin is a wish; a request must not fail for it
-            return set()
-        return {key for key in keys if state.of(key.name).pinned}
+        """Those of which the last look at the store said that they stay, as far as there is room for them."""
+        return {key for key in keys if key in self._pinned_before - self._left_out}
 
     async def _evict(self, key: AbilityKey) -> None:
         """Makes vLLM forget all compositions with this ability; the workers free it with the next load's first call.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeVar
@@ -42,23 +42,25 @@ class Occupancy:
 class Seats(Generic[Key]):
     """Keeps the abilities of running requests resident, and within ``max_bytes``.
 
-    A request whose abilities are resident starts at once. Others queue, one at a time in order of arrival; the first
-    in the queue marks the least recently used abilities that it needs the room of as closing, so that a steady stream
-    of requests for them cannot keep it waiting. Running requests never wait, so the queue always moves.
+    A request whose abilities are resident starts at once, and one that idle abilities make room for as soon as they are
+    loaded. Others queue in order of arrival; the first in the queue marks the least recently used abilities that it
+    needs the room of as closing, so that a steady stream of requests for them cannot keep it waiting. Meanwhile nobody
+    takes what it waits for, but whatever else there is. Running requests never wait, so the queue always moves.
 
     Args:
         max_bytes: budget of all resident abilities.
         evict: called for each ability that must leave, when no request uses it.
-        pinned: says which abilities leave only when the others do not make enough room.
+        pinned: says which abilities never leave.
     """
 
     max_bytes: int
     evict: Callable[[Key], Awaitable[None]]
     pinned: Callable[[Iterable[Key]], Collection[Key]] = lambda _: ()
     _seats: dict[Key, _Seat] = field(default_factory=dict)  # least recently used first
-    _waiting: list[list[Key]] = field(default_factory=list)  # of each request, what it lacked when it came
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _left: asyncio.Event = field(default_factory=asyncio.Event)
+    _waiting: dict[object, list[Key]] = field(default_factory=dict)  # of each request, what it lacked when it came
+    _first: Mapping[Key, int] = field(default_factory=dict)  # what the first of them makes room for
+    _room: asyncio.Lock = field(default_factory=asyncio.Lock)  # of who makes room at once, or loads into it
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def bytes(self) -> int:
@@ -78,7 +80,7 @@ class Seats(Generic[Key]):
 
     def occupancy(self) -> dict[Key, Occupancy]:
         """Every ability that is resident or waited for."""
-        nobody, waiting = _Seat(0), Counter(chain.from_iterable(self._waiting))
+        nobody, waiting = _Seat(0), Counter(chain.from_iterable(self._waiting.values()))
         seats = {key: self._seats.get(key, nobody) for key in {*self._seats, *waiting}}
         return {key: Occupancy(s.size, s.users, waiting[key], s.closing) for key, s in seats.items()}
 
@@ -90,35 +92,30 @@ class Seats(Generic[Key]):
             load: makes the ones that are not resident so; called at most once, when there is room.
 
         Raises:
-            RequestError: they need more than the whole budget; and whatever ``load`` raises.
+            RequestError: they need more than there is beside the pinned ones; and whatever ``load`` raises.
         """
         if self._ready(sizes):
             self._use(sizes)
             return
-        if sum(sizes.values()) > self.max_bytes:
-            raise RequestError(
-                f"the request's abilities need {sum(sizes.values()) / 2**20:.1f} MiB together, and this engine keeps "
-                f"at most {self.max_bytes / 2**20:.1f} MiB resident; use fewer at once, or raise max_resident_bytes",
-                param="abilities",
-            )
-        missing = [key for key in sizes if not self._ready([key])]
-        self._waiting.append(missing)
+        self._check(sizes)
+        place = object()
+        self._waiting[place] = [key for key in sizes if not self._ready([key])]
         try:
-            async with self._turn:
-                if not self._ready(sizes):
-                    await self._make_room(sizes)
-                    await load()
-                    for key, size in sizes.items():
-                        self._seats.setdefault(key, _Seat(size)).closing = False
-                self._use(sizes)
+            while not await self._without_waiting(sizes, load):
+                if next(iter(self._waiting)) is place:
+                    await self._as_first(sizes, load)
+                    break
+                await self._change()
+            self._use(sizes)
         finally:
-            self._waiting.remove(missing)
+            del self._waiting[place]
+            self._changed.set()
 
     def leave(self, sizes: Mapping[Key, int]) -> None:
         """Ends what :meth:`take` began."""
         for key in sizes:
             self._seats[key].users -= 1
-        self._left.set()
+        self._changed.set()
 
     def _ready(self, keys: Iterable[Key]) -> bool:
         return all(key in self._seats and not self._seats[key].closing for key in keys)
@@ -128,26 +125,91 @@ class Seats(Generic[Key]):
             seat = self._seats[key] = self._seats.pop(key)
             seat.users += 1
 
-    async def _make_room(self, sizes: Mapping[Key, int]) -> None:
-        missing = sum(size for key, size in sizes.items() if key not in self._seats)
-        victims, room = [], self.max_bytes - self.bytes
-        pinned = self.pinned(self._seats)
-        # Idle ones first, then those in use, pinned ones last; each in order of their last use.
-        for key, seat in sorted(self._seats.items(), key=lambda item: (item[0] in pinned, item[1].users > 0)):
-            if room >= missing:
-                break
-            if key not in sizes:
-                victims.append(key)
-                room += seat.size
-                seat.closing = True
+    def _check(self, sizes: Mapping[Key, int]) -> None:
+        staying = [key for key in self.pinned(self._seats) if key not in sizes]
+        taken = sum(self._seats[key].size for key in staying)
+        if sum(sizes.values()) > self.max_bytes - taken:
+            beside = f", {taken / 2**20:.1f} MiB of that the pinned {', '.join(map(str, staying))}" if staying else ""
+            raise RequestError(
+                f"the request's abilities need {sum(sizes.values()) / 2**20:.1f} MiB together, and this engine keeps "
+                f"at most {self.max_bytes / 2**20:.1f} MiB resident{beside}; use fewer at once, "
+                f"{'unpin some, ' if staying else ''}or raise max_resident_bytes",
+                param="abilities",
+            )
+
+    async def _without_waiting(self, sizes: Mapping[Key, int], load: Callable[[], Awaitable[None]]) -> bool:
+        """Loads what is missing where idle abilities make the room for it; says whether all is resident now."""
+        async with self._room:
+            if self._ready(sizes):
+                return True
+            if any(key in self._seats and self._seats[key].closing for key in sizes):
+                return False  # for the one that closed it is ahead
+            idle = [key for key, seat in self._seats.items() if not (seat.users or seat.closing or key in self._first)]
+            leaving = self._victims(sizes, idle)
+            if leaving is None:
+                return False
+            for key in leaving:
+                await self._remove(key)
+            await self._load(sizes, load)
+            return True
+
+    async def _as_first(self, sizes: Mapping[Key, int], load: Callable[[], Awaitable[None]]) -> None:
+        """Waits until those leave whose room is needed, and loads what is missing."""
+        leaving: Sequence[Key] = ()
         try:
-            for key in victims:
+            async with self._room:
+                if self._ready(sizes):
+                    return
+                self._check(sizes)  # something may have been pinned meanwhile
+                # Idle ones first; each in order of their last use.
+                leaving = self._victims(sizes, sorted(self._seats, key=lambda key: self._seats[key].users > 0)) or ()
+                self._first = sizes
+                for key in leaving:
+                    self._seats[key].closing = True
+            for key in leaving:
                 while self._seats[key].users:
-                    self._left.clear()
-                    await self._left.wait()
-                del self._seats[key]
-                await self.evict(key)
+                    await self._change()
+                await self._remove(key)
+            async with self._room:
+                await self._load(sizes, load)
         finally:
-            for key in victims:  # a request that gave up waiting must not leave them closed
+            self._first = {}
+            for key in leaving:  # a request that gave up waiting must not leave them closed
                 if key in self._seats:
                     self._seats[key].closing = False
+
+    async def _change(self) -> None:
+        """Waits until a request leaves, or one that waited does not any longer."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    def _victims(self, sizes: Mapping[Key, int], candidates: Iterable[Key]) -> list[Key] | None:
+        """Which of the candidates, in their order, make the room that is lacking; None where all are too few."""
+        lacking = self._missing(sizes) - self._free()
+        pinned, found = self.pinned(self._seats), []
+        for key in candidates:
+            if lacking <= 0:
+                break
+            if key not in sizes and key not in pinned:
+                found.append(key)
+                lacking -= self._seats[key].size
+        return found if lacking <= 0 else None
+
+    def _free(self) -> int:
+        """Bytes that nobody has, nor the first in the queue waits for."""
+        closing = sum(seat.size for seat in self._seats.values() if seat.closing)
+        return self.max_bytes - self.bytes - max(self._missing(self._first) - closing, 0)
+
+    def _missing(self, sizes: Mapping[Key, int]) -> int:
+        return sum(size for key, size in sizes.items() if key not in self._seats)
+
+    async def _remove(self, key: Key) -> None:
+        del self._seats[key]
+        await self.evict(key)
+
+    async def _load(self, sizes: Mapping[Key, int], load: Callable[[], Awaitable[None]]) -> None:
+        if self._ready(sizes):
+            return
+        await load()
+        for key, size in sizes.items():
+            self._seats.setdefault(key, _Seat(size)).closing = False

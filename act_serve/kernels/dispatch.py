@@ -33,6 +33,7 @@ def choose_add_rows(device: torch.device, dtype: torch.dtype, folder: Path) -> A
     if device.type == "cuda":
         return _on_gpu(device, dtype)
     if device.type != "cpu" or dtype not in DTYPES:
+        _log.warning("abilities in %s on %s have no compiled code and run several times slower", dtype, device.type)
         return add_rows_torch
     try:
         return NativeRows(compile_native(folder), dtype)

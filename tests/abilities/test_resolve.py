@@ -137,6 +137,7 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"abilities": ["fr\n"]}, "not an ability name"),
     ({"abilities": [""]}, "not an ability name"),
     ({"abilities": ["FR"]}, "not an ability name"),
+    ({"abilities": ["fr@2"]}, "version and weight are fields"),
     ({"abilities": ["a" * 65]}, "not an ability name"),
     ({"abilities": ["fr*0.5"]}, "not an ability name"),
     ({"language": 3}, "BCP 47"),

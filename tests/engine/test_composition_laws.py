@@ -43,12 +43,12 @@ class Ability:
     bias: bool
     seed: int
 
-    def modules(self) -> dict[str, ModuleDelta]:
+    def modules(self, width: int = IN) -> dict[str, ModuleDelta]:
         draw = torch.Generator().manual_seed(self.seed)
         return {
             name: ModuleDelta(
                 torch.tensor(sorted(rows), dtype=torch.int32),
-                torch.randn(len(rows), IN, generator=draw),
+                torch.randn(len(rows), width, generator=draw),
                 torch.randn(len(rows), generator=draw) if self.bias else None,
             )
             for name, rows in (("q", self.q), ("k", self.k))
@@ -59,16 +59,16 @@ class Ability:
 class Layer:
     """A fused layer with a bias, as vLLM's linear layers call theirs."""
 
-    def __init__(self, abilities: Sequence[Ability]) -> None:
-        draw = torch.Generator().manual_seed(0)
-        self.weight_OI, self.bias_O = torch.randn(Q + K, IN, generator=draw), torch.randn(Q + K, generator=draw)
+    def __init__(self, abilities: Sequence[Ability], width: int = IN) -> None:
+        draw, self.width = torch.Generator().manual_seed(0), width
+        self.weight_OI, self.bias_O = torch.randn(Q + K, width, generator=draw), torch.randn(Q + K, generator=draw)
         self.batch = BatchTable()
         layer = DeltaLayer("laws", self.batch, add_rows())
         parts = (
-            Part("q", ModuleShape(Q, IN, True), range(Q), 0),
-            Part("k", ModuleShape(K, IN, True), range(K), Q),
+            Part("q", ModuleShape(Q, width, True), range(Q), 0),
+            Part("k", ModuleShape(K, width, True), range(K), Q),
         )
-        described: Any = SimpleNamespace(input_size=IN, params_dtype=torch.float32)
+        described: Any = SimpleNamespace(input_size=width, params_dtype=torch.float32)
         plan = LayerPlan("laws", described, parts, slice(None), adds_bias=True)
         self.residents = ResidentAbilities([plan], [layer], CPU, 1 << 20)
         wrapped = SimpleNamespace(apply=lambda _layer, x, bias: linear(x, self.weight_OI, bias))
@@ -78,7 +78,18 @@ class Layer:
 
     def load(self, keys: Sequence[AbilityKey]) -> None:
         for key in keys:
-            self.residents.install(key, self.residents.prepare(key, self.abilities[key].modules()))
+            self.residents.install(key, self.residents.prepare(key, self.abilities[key].modules(self.width)))
+
+    def merged(self, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias with a composition's rows added, in float64."""
+        weight_OI, bias_O = self.weight_OI.double(), self.bias_O.double()
+        for key, weight in weights.items():
+            for name, delta in self.abilities[key].modules(self.width).items():
+                rows = delta.rows.long() + (Q if name == "k" else 0)
+                weight_OI[rows] += weight * delta.delta.double()
+                if delta.bias_delta is not None:
+                    bias_O[rows] += weight * delta.bias_delta.double()
+        return weight_OI, bias_O
 
     def base(self, x_TI: torch.Tensor) -> torch.Tensor:
         return linear(x_TI, self.weight_OI, self.bias_O)
@@ -104,8 +115,8 @@ ABILITIES = st.lists(ABILITY, min_size=1, max_size=4)
 TOKENS = st.integers(1, 9) | st.integers(MANY - 2, MANY + 2)
 
 
-def tokens_of(count: int, seed: int) -> torch.Tensor:
-    return torch.randn(count, IN, generator=torch.Generator().manual_seed(seed))
+def tokens_of(count: int, seed: int, width: int = IN) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,6 +157,32 @@ def test_a_composition_is_the_sum_of_its_parts(
     size = base_TO.abs().max() + sum(abs(w) * p.abs().max() for w, p in zip(weight_of.values(), parts, strict=True))
     got = layer.step(x_TI, [1] * tokens, {1: weight_of})
     assert torch.allclose(got, expected, rtol=0, atol=float(size) * 1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    abilities=ABILITIES,
+    weights=st.lists(WEIGHT | st.just(1.0), min_size=4, max_size=4),
+    width=st.integers(1, 80),
+    tokens=TOKENS,
+    data=st.data(),
+)
+def test_every_token_gets_what_its_merged_layer_gives(
+    abilities: list[Ability], weights: list[float], width: int, tokens: int, data: st.DataObject
+) -> None:
+    layer, x_TI = Layer(abilities, width), tokens_of(tokens, 3, width)
+    layer.load(layer.keys)
+    every = dict(zip(layer.keys, weights, strict=False))
+    compositions: dict[int, Weights] = {0: {}, 1: every, 2: {layer.keys[-1]: 1.0}}
+    ids_T = data.draw(st.lists(st.integers(0, 2), min_size=tokens, max_size=tokens))
+    got = layer.step(x_TI, ids_T, {i: compositions[i] for i in set(ids_T) - {0}})
+    for i, composition in compositions.items():
+        used_T = torch.tensor(ids_T) == i
+        weight_OI, bias_O = layer.merged(composition)
+        expected = linear(x_TI[used_T].double(), weight_OI, bias_O)
+        size = x_TI.double().abs() @ weight_OI.abs().t() + bias_O.abs()
+        size += sum(abs(w) for w in composition.values()) * 30 * width**0.5  # what may cancel in the sums
+        assert bool(((got[used_T].double() - expected).abs() <= 1e-6 * size[used_T]).all())
 
 
 @settings(max_examples=60, deadline=None)

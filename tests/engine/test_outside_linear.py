@@ -111,7 +111,11 @@ def test_log_probabilities_base_bits_and_prompts_of_others(tmp_path: Path) -> No
     with running_engine(base, store, dtype="float32", max_model_len=256) as llm:
         mixed = answers(llm, texts, prompt_logprobs=0)
         by_base = answers(llm, ["", "", ""], prompt_logprobs=0)
+        keys = [(name, 1, store.manifest(name, 1).digest) for name in ("r1", "plain")]
+        llm.collective_rpc("load_abilities", args=([], keys))
+        after = answers(llm, ["", "", ""], prompt_logprobs=0)
     assert by_base == without, "bit for bit"
+    assert after == without, "bit for bit, with the abilities gone again"
     assert mixed[1::3] == without[1::3], "bit for bit, beside others too"
     assert not pinned(store, "r1*0"), "an ability of weight 0 is the base"
     models = {text: exported(base, store, text, tmp_path / f"merged {text}") for text in texts}

@@ -27,7 +27,7 @@ from tests.engine.test_families import make
 pytestmark = pytest.mark.slow
 
 ABILITIES, ROOM, VERSIONS = 6, 3, 3
-CLIENTS, TURNS = 8, 20
+CLIENTS, TURNS = 8, int(os.environ.get("ACT_SERVE_TEST_TURNS", "20"))
 WEIGHTS = [-1.5, -0.5, 0.0, 0.25, 1.0, 2.5]
 # Beginnings that fill several blocks of the KV cache, so that requests would find each other's there.
 BEGINNINGS = [[(7 * i + 3 * j) % 250 + 5 for j in range(70)] for i in range(2)]
@@ -168,13 +168,16 @@ async def test_every_answer_is_the_merged_checkpoints(tmp_path: Path) -> None:
             body = {"model": model, "prompt": BEGINNINGS[0], "max_tokens": 1}
             assert (await http.post("/v1/completions", json=body, headers={MODEL_HEADER: model})).status_code == 200
         assert sum(seat.users for seat in seats._seats.values()) == 0
+        evictions = app.state.compositions.metrics.registry.get_sample_value("act_ability_evictions_total")
     bare, as_base = merged_model(base, store, ""), 0
     for composition, answers in traffic.answers.items():
         same = check(merged_model(base, store, composition), bare, answers)
         as_base += same if composition else 0
     total = sum(map(len, traffic.answers.values()))
-    print(f"{total} answers of {len(traffic.answers)} compositions, {traffic.left} streams left by their clients")
+    print(f"{total} answers of {len(traffic.answers)} compositions, {traffic.left} streams left by their clients, "
+          f"{evictions:.0f} evictions")  # fmt: skip
     # Abilities must change what is said, or the comparison proves nothing.
     assert as_base < 0.2 * total
     assert traffic.left
+    assert evictions > ABILITIES
     assert max(traffic.versions) > 1

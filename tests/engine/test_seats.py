@@ -26,8 +26,13 @@ class Engine:
         await asyncio.sleep(0)
         self.evicted.append(key)
 
-    async def run(self, sizes: Mapping[str, int], until: asyncio.Event | None = None, fail: bool = False) -> None:
+    async def run(
+        self, sizes: Mapping[str, int], until: asyncio.Event | None = None, fail: bool = False, hold_s: float = 0
+    ) -> None:
         async def load() -> None:
+            assert self.seats.bytes + sum(size for key, size in sizes.items() if key not in self.seats) <= (
+                self.seats.max_bytes
+            )
             await asyncio.sleep(0.001)
             if fail:
                 raise EngineError("damaged")
@@ -37,7 +42,7 @@ class Engine:
         try:
             assert self.seats.bytes <= self.seats.max_bytes
             assert all(key in self.seats for key in sizes)
-            await (until.wait() if until else asyncio.sleep(0))
+            await (until.wait() if until else asyncio.sleep(hold_s))
             assert all(key in self.seats for key in sizes)
         finally:
             self.seats.leave(sizes)
@@ -51,14 +56,51 @@ async def test_one_load_for_many_requests_that_wait() -> None:
 
 async def test_resident_abilities_do_not_queue_behind_a_load() -> None:
     engine, busy = Engine(10), asyncio.Event()
+    await engine.run({"r": 2})
     holder = asyncio.create_task(engine.run({"a": 6}, busy))
     await asyncio.sleep(0.01)
-    waiter = asyncio.create_task(engine.run({"b": 4, "c": 6}))  # needs the room of a
+    waiter = asyncio.create_task(engine.run({"r": 2, "b": 8}))  # needs the room of a
     await asyncio.sleep(0.01)
+    await asyncio.wait_for(engine.run({"r": 2}), 1)
     assert not waiter.done()
     busy.set()
     await asyncio.wait_for(asyncio.gather(holder, waiter), 1)
     assert engine.evicted == ["a"]
+
+
+async def test_what_fits_beside_does_not_wait_for_others_to_leave() -> None:
+    engine, busy = Engine(10), asyncio.Event()
+    await engine.run({"idle": 3})
+    holder = asyncio.create_task(engine.run({"a": 6}, busy))
+    await asyncio.sleep(0.01)
+    large = asyncio.create_task(engine.run({"large": 6}))  # waits for a, which leaves the other 4 for others
+    await asyncio.sleep(0.01)
+    await asyncio.wait_for(engine.run({"b": 1}), 1)
+    await asyncio.wait_for(engine.run({"c": 4}), 1)  # in the place of those that nobody uses
+    assert (engine.loads, engine.evicted) == (["idle", "a", "b", "c"], ["idle", "b"])
+    five = asyncio.create_task(engine.run({"d": 5}))  # would take what `large` waits for
+    again = asyncio.create_task(engine.run({"a": 6}))  # must leave first
+    await asyncio.sleep(0.01)
+    assert not any(task.done() for task in (large, five, again))
+    busy.set()
+    await asyncio.wait_for(asyncio.gather(holder, large, five, again), 1)
+    assert engine.loads[4] == "large"
+
+
+async def test_room_that_comes_free_goes_to_whom_it_is_enough_for() -> None:
+    engine, first, second = Engine(10), asyncio.Event(), asyncio.Event()
+    holders = [asyncio.create_task(engine.run({"a": 6}, first)), asyncio.create_task(engine.run({"b": 4}, second))]
+    await asyncio.sleep(0.01)
+    large = asyncio.create_task(engine.run({"large": 5}))
+    await asyncio.sleep(0.01)
+    small = asyncio.create_task(engine.run({"small": 4}))
+    await asyncio.sleep(0.01)
+    assert engine.seats.occupancy()["a"].closing
+    second.set()  # not what `large` waits for, as it came first
+    await asyncio.wait_for(small, 1)
+    assert not large.done()
+    first.set()
+    await asyncio.wait_for(asyncio.gather(large, *holders), 1)
 
 
 async def test_a_steady_stream_cannot_starve_a_newcomer() -> None:
@@ -113,7 +155,8 @@ async def test_random_traffic_ends(seed: int) -> None:
     async def request() -> None:
         await asyncio.sleep(chance.random() * 0.02)
         await engine.run(
-            {key: 4 + len(key) for key in chance.sample(["a", "bb", "ccc", "d", "ee"], chance.randint(1, 2))}
+            {key: 2 + 2 * len(key) for key in chance.sample(["a", "bb", "ccc", "d", "ee"], chance.randint(1, 2))},
+            hold_s=chance.choice([0, 0.003]),
         )
 
     requests = [asyncio.create_task(request()) for _ in range(100)]
@@ -124,7 +167,7 @@ async def test_random_traffic_ends(seed: int) -> None:
     assert engine.seats.bytes <= 20
 
 
-async def test_pinned_abilities_leave_only_when_the_others_make_too_little_room() -> None:
+async def test_pinned_abilities_never_leave() -> None:
     engine = Engine(10)
     engine.seats.pinned = lambda keys: {"a"} & set(keys)
     for key in "abc":
@@ -132,8 +175,10 @@ async def test_pinned_abilities_leave_only_when_the_others_make_too_little_room(
     await engine.run({"d": 3})
     await engine.run({"e": 6})
     assert engine.evicted == ["b", "c", "d"], "a is the least recently used one, and stays"
-    await engine.run({"f": 10})
-    assert engine.evicted[3:] == ["e", "a"]
+    with pytest.raises(RequestError, match="of that the pinned a; use fewer at once, unpin some, or raise"):
+        await engine.run({"f": 8})
+    await engine.run({"a": 3, "g": 7})
+    assert engine.evicted[3:] == ["e"]
 
 
 async def test_it_says_who_uses_and_who_waits_for_what() -> None:

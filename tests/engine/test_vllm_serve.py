@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -37,8 +38,10 @@ def server(base: Path, store: Store, tmp_path_factory: pytest.TempPathFactory) -
         "--enable-lora", "--max-loras", "8", "--max-num-seqs", "8",
         "--worker-cls", "act_serve.engine.worker.AbilityWorker",
     ]  # fmt: skip
+    counts = store.manifest("r1").counts
     environment = {
         **os.environ,
+        "ACT_SERVE_MAX_RESIDENT_BYTES": str(int(2.5 * counts.parameters * 4)),
         "ACT_SERVE_STORE": str(store.root),
         "ACT_SERVE_BASE": "smol",
         "VLLM_PLUGINS": "act_serve",
@@ -105,6 +108,24 @@ def test_what_cannot_be_served_is_said_and_the_server_lives(server: httpx.Client
         assert response.status_code == status, (model, response.text)
         assert text in message(response)
         assert complete(server, "smol").status_code == 200
+
+
+def test_abilities_come_and_go_where_there_is_room_for_two(server: httpx.Client, base: Path, store: Store) -> None:
+    names = [f"turn{number}" for number in range(4)]
+    for number, name in enumerate(names):
+        publish_random(store, base, name, seed=40 + number, scale=0.06)
+
+    def answers() -> list[list[int]]:
+        found = [complete(server, f"smol:{name}") for name in names]
+        assert all(response.status_code == 200 for response in found), [response.text for response in found]
+        return [response.json()["choices"][0]["token_ids"] for response in found]
+
+    first = answers()
+    assert len(set(map(tuple, first))) == len(names)
+    assert answers() == first, "by now each was read again"
+    with ThreadPoolExecutor() as pool:
+        together = pool.map(lambda name: complete(server, f"smol:{name}").json()["choices"][0]["token_ids"], names)
+        assert list(together) == first
 
 
 def test_abilities_are_read_from_the_store_alone(server: httpx.Client, store: Store) -> None:

@@ -101,6 +101,12 @@ def test_agrees_with_the_reference(
 
 
 @pytest.mark.parametrize("form", [TritonRows(), long_form], ids=["short", "long"])
+def test_float16_agrees_with_the_reference(form: Form) -> None:
+    x_TI, y_TO, active = inputs((133, 65, 40), torch.float16)
+    compare(form, x_TI, y_TO, active, traffic("composed", 133, 4))
+
+
+@pytest.mark.parametrize("form", [TritonRows(), long_form], ids=["short", "long"])
 def test_rows_that_abilities_share_add_up_the_same_way_every_time(form: Form) -> None:
     x_TI, y_TO, _ = inputs((63, 40, 29), torch.float32)
     active = on_device(abilities_of([29, 29, 29], 40, 29, torch.float32, bias=True))
