@@ -38,6 +38,7 @@ abilities: .venv/installed ## rebuild the shipped abilities from their profiles
 	$(BIN)/act-serve build-delta profiles/abilities/reason-3.yaml
 	$(BIN)/act-serve build-delta profiles/abilities/extract-2.yaml
 	$(BIN)/act-serve build-delta profiles/abilities/fr-2.yaml
+	$(BIN)/act-serve build-delta profiles/abilities/reason-4.yaml
 
 bench: .venv/installed ## throughput of the engine, as ratios to the base model
 	$(BIN)/python -m benchmarks.engine_throughput $(ARGS)

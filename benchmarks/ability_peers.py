@@ -2,16 +2,19 @@
 
     python -m benchmarks.ability_peers --ability extract --json peers-extract.json
     python -m benchmarks.ability_peers --ability fr --steps 400 --rate lora=1e-3 --json peers-fr.json
+    python -m benchmarks.ability_peers --ability fr --steps 0 --methods rows,gradient,random_rows --json transfers.json
     python -m benchmarks.ability_peers --merge fr+extract --json peers-merge.json
 
 All methods are trained by the same transformers Trainer on the same batches in the same order, with the same
 schedule, loss and retention term (KL to the base on retained text; a peer's base is the model with its adapter
 disabled), and measured on the same held-out examples. What differs: `rows` and `random_rows` begin with what was
 transferred from the source model, `lora_svd` with the best approximation of that model at its rank; `rows_from_zero`,
-`lora` and `shira` begin with no change. Stored bytes: rows as --stored with their places; LoRA's factors in bfloat16;
-SHiRA's values in bfloat16 with one 4-byte place each (PEFT itself writes twice as much). The rank of a peer is the one
-whose bytes come nearest to those of the rows. The source model must have been built (`act-serve build-delta`).
-A method that the JSON file holds for the same settings is not measured again.
+`lora` and `shira` begin with no change. A ranking of act-serve as a method (`gradient`, `activation_relative`) is
+`rows` chosen by it at the same p. With --steps 0 rows are transferred and not trained. Stored bytes: rows as --stored
+with their places; LoRA's factors in bfloat16; SHiRA's values in bfloat16 with one 4-byte place each (PEFT itself writes
+twice as much). The rank of a peer is the one whose bytes come nearest to those of the rows.
+The source model must have been built (`act-serve build-delta`). A method that the JSON file holds for the same
+settings is not measured again.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -32,27 +35,34 @@ from act_serve.delta.artifact import ModuleDelta, as_stored, serialize_modules
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.manifest import read_manifest
 from act_serve.home import cache_home
-from act_serve.models.families import channel_modules
 from act_serve.models.loading import load_model, resolve_model
-from act_serve.pipeline.calibrate import score_channels
 from act_serve.pipeline.compose import artifacts_of
 from act_serve.pipeline.datasets.catalogue import load_examples
 from act_serve.pipeline.evaluate import Question
 from act_serve.pipeline.finetune import Lessons, finetune
-from act_serve.pipeline.localize import localize
 from act_serve.pipeline.measure import measure_items
 from act_serve.pipeline.measured import difference
-from act_serve.pipeline.transfer import transfer
 from act_serve.pipeline.tuned_rows import retained_text
 from act_serve.profile.load import load_profile
-from act_serve.profile.schema import FineTune, Profile
-from benchmarks.ability_bench import Figure, fallen, figure, gain_kept, scored, source_folder
+from act_serve.profile.schema import FineTune, Profile, Ranking
+from benchmarks.ability_bench import (
+    Figure,
+    fallen,
+    figure,
+    gain_kept,
+    ranked_rows,
+    scored,
+    source_folder,
+    transferred,
+)
 from benchmarks.ability_tables import percent, score
 from benchmarks.merge_peers import merges
 from benchmarks.peer_results import Kept, Made
 from benchmarks.peft_peers import Peer, train_peer
 
 METHODS = ("rows", "rows_from_zero", "random_rows", "lora", "lora_svd", "shira")
+RANKINGS: dict[str, Ranking] = {"random_rows": "random", **{ranking: ranking for ranking in get_args(Ranking)}}
+TRANSFERRED = ("rows", *RANKINGS)  # what is something without training, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +83,9 @@ class Contest:
         return self.profile.finetune.model_copy(update=update)
 
     def rows(self, method: str) -> dict[str, torch.Tensor]:
-        """The rows that the profile's ranking, or chance, gives the method."""
-        wanted = self.profile.localize
-        if method == "random_rows":
-            wanted = wanted.model_copy(update={"ranking": "random"})
-        calibration = load_examples(self.profile.data, "train", wanted.calibration_items, self.profile.seed)
-        scores = score_channels(
-            wanted.ranking, base=self.base, source=self.source, examples=calibration, seed=self.seed
-        )
-        return localize(channel_modules(self.base), scores, wanted, self.seed)
+        """The rows that the profile's ranking gives the method, or its own where it is one; chance for random_rows."""
+        ranking = RANKINGS.get(method, self.profile.localize.ranking)
+        return ranked_rows(self.profile, ranking, base=self.base, source=self.source, seed=self.seed)
 
     def budget(self) -> int:
         """The bytes of the ability's rows as stored; the same for any values in them."""
@@ -89,31 +93,32 @@ class Contest:
 
     def transferred(self, method: str) -> dict[str, ModuleDelta]:
         """The method's rows with the differences of the source model."""
-        strength = self.profile.transfer.strengths[0]
-        return transfer(base=self.base, source=self.source, rows=self.rows(method), strength=strength)
+        return transferred(self.profile, self.rows(method), base=self.base, source=self.source)
 
 
 def train(contest: Contest, method: str) -> Made:
-    """Trains one method and scores it as it would be stored."""
+    """Trains one method, where there are steps, and scores it as it would be stored."""
     if method in ("lora", "lora_svd", "shira"):
         return _train_peer(contest, method)
     deltas = contest.transferred(method)
     if method == "rows_from_zero":
         deltas = {name: ModuleDelta(each.rows, torch.zeros_like(each.delta)) for name, each in deltas.items()}
-    tuned = finetune(
-        base=contest.base,
-        source=contest.source,
-        deltas=deltas,
-        lessons=contest.lessons,
-        settings=contest.settings(method),
-        seed=contest.seed,
-        report=_report,
-    )
+    settings = contest.settings(method)
+    if settings.steps:
+        deltas = finetune(
+            base=contest.base,
+            source=contest.source,
+            deltas=deltas,
+            lessons=contest.lessons,
+            settings=settings,
+            seed=contest.seed,
+            report=_report,
+        )
     stored = contest.profile.stored
     return Made(
-        len(serialize_modules(tuned, stored)),
-        sum(each.delta.numel() for each in tuned.values()),
-        measure_items(contest.base, [as_stored(tuned, stored)], contest.questions),
+        len(serialize_modules(deltas, stored)),
+        sum(each.delta.numel() for each in deltas.values()),
+        measure_items(contest.base, [as_stored(deltas, stored)], contest.questions),
     )
 
 
@@ -222,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what.add_argument("--ability", help="ability whose data all methods are trained on")
     what.add_argument("--merge", help="two abilities of the store, such as fr+extract, for the merging methods")
     parser.add_argument("--steps", type=int, help="training steps of every method; default the profile's")
-    parser.add_argument("--methods", default=",".join(METHODS), help="default: %(default)s")
+    known = f"default: {','.join(METHODS)}; or a ranking: {', '.join(get_args(Ranking))}"
+    parser.add_argument("--methods", type=_methods, help=known)
     parser.add_argument("--rate", type=_rate, action="append", default=[], help="METHOD=LEARNING_RATE; repeatable")
     parser.add_argument("--stored", choices=("bfloat16", "int8"), default="bfloat16", help="form of the rows")
     parser.add_argument("--density", type=float, default=0.5, help="share of values that TIES and DARE keep")
@@ -248,16 +254,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     else:
         contest, settings = _contest(options)
-        found = compare(contest, tuple(options.methods.split(",")), options.json, settings)
+        found = compare(contest, _wanted(contest, options.methods), options.json, settings)
     options.json.write_text(json.dumps({"settings": settings, "methods": found}, indent=1) + "\n", encoding="utf-8")
     _show(options.merge or f"{options.ability}, {settings['profile']['finetune']['steps']} steps", found)
 
 
+def _wanted(contest: Contest, given: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The methods asked for, or all that can be: without training, only those that take the source's differences."""
+    if contest.profile.finetune.steps:
+        return given or METHODS
+    if given and (untrained := [method for method in given if method not in TRANSFERRED]):
+        raise SystemExit(f"{', '.join(untrained)} must be trained: give --steps, or leave them out of --methods")
+    return given or tuple(method for method in METHODS if method in TRANSFERRED)
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    return tuple(_method(method) for method in text.split(","))
+
+
+def _method(name: str) -> str:
+    known = tuple(dict.fromkeys((*METHODS, *RANKINGS)))
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"no method {name!r}; there are {', '.join(known)}")
+    return name
+
+
 def _rate(text: str) -> tuple[str, float]:
     method, _, rate = text.partition("=")
-    if method not in METHODS:
-        raise argparse.ArgumentTypeError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    return method, float(rate)
+    return _method(method), float(rate)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from act_serve.delta.artifact import read_artifact
+from act_serve.delta.artifact import ModuleDelta, read_artifact
+from act_serve.delta.composition import Composition
 from act_serve.delta.manifest import Score
 from act_serve.pipeline.conflict import conflict
 from act_serve.pipeline.datasets.general_ability import SUITES
 from act_serve.pipeline.evaluate import Question
 from act_serve.pipeline.measured import Measured, difference
 from act_serve.profile.schema import Data, Task
-from benchmarks.ability_bench import Bench, Figure, fallen, figure, gain_kept, scored
+from benchmarks.ability_bench import (
+    Bench,
+    Figure,
+    fallen,
+    figure,
+    gain_kept,
+    name_of,
+    scored,
+)
 
 GENERAL_ITEMS = 300
 # Two compositions that differ by 0.05 of their exact answers need some 600 problems to be told apart.
@@ -24,7 +33,7 @@ FRENCH_REASONING = (f"{FRENCH}*0.5+reason", f"{FRENCH}+reason")
 
 def quality(bench: Bench) -> Figure:
     """Per ability: base, source, transfer alone and delta; the share of the source's gain kept; retained drops."""
-    return {name: _quality(bench, name) for name in bench.profiles}
+    return {name: _quality(bench, name) for name in bench.manifests}
 
 
 def _quality(bench: Bench, name: str) -> Figure:
@@ -36,7 +45,7 @@ def _quality(bench: Bench, name: str) -> Figure:
     tasks = []
     for question in own:
         task = question.task.name
-        entry = {**_stored(stored.get(task)), **_asked(question), "base": scored(base[task])}
+        entry = {**_stored(stored.get(task)), **asked(question), "base": scored(base[task])}
         if task in measured:
             entry["source"] = scored(measured[task])
             entry["share_kept"] = gain_kept(base[task], measured[task], delta[task])
@@ -46,7 +55,7 @@ def _quality(bench: Bench, name: str) -> Figure:
     kept = [
         {
             **_stored(stored.get(question.task.name)),
-            **_asked(question),
+            **asked(question),
             "base": scored(base[question.task.name]),
             "delta": scored(delta[question.task.name]),
             "drop": fallen(base[question.task.name], delta[question.task.name]),
@@ -63,13 +72,14 @@ def _quality(bench: Bench, name: str) -> Figure:
         "p": how.p if how else None,
         "ranking": how.ranking if how else None,
         "fine_tune_steps": how.fine_tune_steps if how else None,
-        "source_at_hand": source is not None,
+        "source": bench.source_state(name) if source else "not at hand",
         "tasks": tasks,
         "retained": kept,
     }
 
 
-def _asked(question: Question) -> Figure:
+def asked(question: Question) -> Figure:
+    """What a task is, for JSON."""
     return {"task": question.task.name, "metric": question.task.metric, "items": len(question.examples)}
 
 
@@ -107,7 +117,7 @@ def general(bench: Bench) -> Figure:
     base = bench.measure("", questions)
     found: Figure = {"base": {suite: scored(result) for suite, result in base.items()}}
     every = "+".join(bench.profiles)
-    for composition in dict.fromkeys((*bench.profiles, every)):
+    for composition in dict.fromkeys((*bench.manifests, every)):
         results = bench.measure(composition, questions)
         found[composition] = {suite: _beside(base[suite], results[suite]) for suite in SUITES}
     return found
@@ -122,27 +132,39 @@ def _beside(base: Measured, result: Measured) -> Figure:
 def pairs(bench: Bench) -> Figure:
     """Every two abilities composed: what each keeps of its own gain, and how much their rows conflict."""
     found = {}
-    for left, right in combinations(bench.profiles, 2):
-        deltas = [read_artifact(bench.store / name / str(bench.manifests[name].version))[1] for name in (left, right)]
-        clash = {key: value for key, value in conflict(*deltas).items() if key != "modules"}
-        found[f"{left}+{right}"] = {"conflict": clash, "abilities": composed(bench, (left, right))}
+    for left, right in combinations(bench.manifests, 2):
+        if name_of(left) != name_of(right):
+            clash = conflict(*(stored_deltas(bench, ability) for ability in (left, right)))
+            clash.pop("modules")
+            composition = f"{left}+{right}"
+            found[composition] = {"conflict": clash, "abilities": composed(bench, composition)}
     return found
+
+
+def stored_deltas(bench: Bench, ability: str) -> dict[str, ModuleDelta]:
+    """The rows of an ability that the bench measures, by module."""
+    manifest = bench.manifests[ability]
+    return read_artifact(bench.store / manifest.name / str(manifest.version))[1]
 
 
 def triples(bench: Bench, compositions: Sequence[str]) -> Figure:
     """Several abilities composed: what each keeps of its own gain."""
-    return {each: {"abilities": composed(bench, each.split("+"))} for each in compositions}
+    return {each: {"abilities": composed(bench, each)} for each in compositions}
 
 
-def composed(bench: Bench, names: Sequence[str]) -> Figure:
-    """Each ability's own tasks: base, alone, together, the share of its own gain that it keeps, and the change."""
+def composed(bench: Bench, composition: str) -> Figure:
+    """Each ability's own tasks: base, alone, together, the share of its own gain that it keeps, and the change.
+
+    Alone is the same version at weight 1, whatever its weight in the composition: what it can do at its best.
+    """
     found: Figure = {}
-    for name in names:
-        questions = bench.own(name)
-        base, alone, together = (bench.measure(each, questions) for each in ("", name, "+".join(names)))
-        found[name] = [
+    for ability in Composition.parse(composition).abilities:
+        itself = ability.name if ability.version is None else f"{ability.name}@{ability.version}"
+        questions = bench.own(itself)
+        base, alone, together = (bench.measure(each, questions) for each in ("", itself, composition))
+        found[itself] = [
             {
-                **_asked(question),
+                **asked(question),
                 "base": scored(base[task]),
                 "alone": scored(alone[task]),
                 "together": scored(together[task]),
@@ -167,7 +189,7 @@ def multilingual(bench: Bench) -> Figure:
     both = {each: bench.measure(each, questions) for each in FRENCH_REASONING}
     return {
         task: {
-            **_asked(question),
+            **asked(question),
             **{each: scored(found[task]) for each, found in alone.items()},
             "composed": {
                 each: {
@@ -195,6 +217,7 @@ def repair(bench: Bench) -> Figure:
         lost = _most_lost(bench, name) if model else None
         if model and lost:
             found[f"{name} gets back {lost}"] = {
+                "source": bench.source_state(name),
                 "own": _own_kept(bench, name, lost),
                 "lost": _given_back(bench, bench.own(lost), name, lost),
             }
@@ -220,7 +243,7 @@ def _own_kept(bench: Bench, name: str, lost: str) -> list[Figure]:
     before, after = (bench.measure(each, questions, model=model) for each in ("", lost))
     return [
         {
-            **_asked(question),
+            **asked(question),
             "specialised": scored(before[task]),
             "repaired": scored(after[task]),
             "drop": fallen(before[task], after[task]),
@@ -237,7 +260,7 @@ def _given_back(bench: Bench, questions: Sequence[Question], name: str, lost: st
     base, skilled = (bench.measure(each, questions) for each in ("", lost))
     return [
         {
-            **_asked(question),
+            **asked(question),
             "base": scored(base[task]),
             "specialised": scored(before[task]),
             "repaired": scored(after[task]),

@@ -36,7 +36,7 @@ def change(found: Figure) -> str:
 def _quality(figures: Figure) -> Rows:
     rows: list[tuple[str, ...]] = []
     for name, ability in figures.items():
-        said = f"{name} {ability['bytes'] / 1e6:.1f} MB p={ability['p']}"
+        said = f"{name} {ability['bytes'] / 1e6:.1f} MB p={ability['p']}{_rebuilt(ability)}"
         for task in ability["tasks"]:
             parts = (score(task.get(variant)) for variant in ("base", "source", "transfer", "delta"))
             rows.append((said, task["task"], str(task["items"]), *parts, percent(task.get("share_kept"))))
@@ -44,6 +44,10 @@ def _quality(figures: Figure) -> Rows:
             parts = (score(task.get(variant)) for variant in ("base", "source", "transfer", "delta"))
             rows.append((said, f"keeps {task['task']}", str(task["items"]), *parts, f"drop {percent(task['drop'])}"))
     return ("ability", "task", "items", "base", "source", "transfer", "delta", "share kept"), rows
+
+
+def _rebuilt(found: Figure) -> str:
+    return " (source: rebuilt)" if found["source"] == "rebuilt" else ""
 
 
 def _general(figures: Figure) -> Rows:
@@ -98,7 +102,7 @@ def _multilingual(figures: Figure) -> Rows:
 
 def _repair(figures: Figure) -> Rows:
     return ("repair", "task", "items", "base", "specialised", "repaired", "recovered", "of base + delta"), [
-        row for title, section in figures.items() for row in _repaired(title, section)
+        row for title, section in figures.items() for row in _repaired(f"{title}{_rebuilt(section)}", section)
     ]
 
 
@@ -111,6 +115,35 @@ def _repaired(title: str, section: Figure) -> Iterable[tuple[str, ...]]:
         yield title, f"keeps {task['task']}", str(task["items"]), "", *parts, f"drop {percent(task['drop'])}", ""
 
 
+def _controls(figures: Figure) -> Rows:
+    headings = ("ability", "differences", "parameters", "task", "items", "base", "source", "result")
+    return (*headings, "share kept", "minus own rows"), [
+        *(row for name, ability in figures["rows"].items() for row in _other_rows(name, ability)),
+        *(
+            _whole_halved(pair, f"{name}{_rebuilt(figures['rows'][name])}", task)
+            for pair, abilities in figures["halved"].items()
+            for name, tasks in abilities.items()
+            for task in tasks
+        ),
+    ]
+
+
+def _other_rows(name: str, ability: Figure) -> Iterable[tuple[str, ...]]:
+    for task in ability["tasks"]:
+        said = f"{name}{_rebuilt(ability)}"
+        asked = (task["task"], str(task["items"]), score(task["base"]), score(task.get("source")))
+        for variant, found in task["rows_of"].items():
+            parameters = f"{ability['parameters'][variant]:,}"
+            kept = percent(found["share_kept"]) if "source" in task else f"drop {percent(found['drop'])}"
+            yield said, f"in {variant} rows", parameters, *asked, score(found), kept, change(found["minus_own"])
+        yield said, "in random rows, mean", "", *asked, f"{task['random_mean']:.4g}", "", ""
+
+
+def _whole_halved(pair: str, name: str, task: Figure) -> tuple[str, ...]:
+    asked = (task["task"], str(task["items"]), score(task["base"]), score(task["source"]))
+    return name, f"{pair}, each whole, halved", "", *asked, score(task["halved"]), percent(task["share_kept"]), ""
+
+
 TABLES: dict[str, Callable[[Figure], Rows]] = {
     "quality": _quality,
     "general": _general,
@@ -118,4 +151,5 @@ TABLES: dict[str, Callable[[Figure], Rows]] = {
     "triples": _composed,
     "multilingual": _multilingual,
     "repair": _repair,
+    "controls": _controls,
 }

@@ -112,7 +112,8 @@ def test_float16_agrees_with_the_reference(size: tuple[int, int, int]) -> None:
     tokens, in_features, out_features = size
     active = abilities_of([1, 0, 3, out_features], in_features, out_features, torch.float16, bias=True)
     x_TI, y_TO = torch.randn(tokens, in_features).half(), torch.randn(tokens, out_features).half()
-    compare(choose_add_rows(torch.device("cpu"), torch.float16, cache_home()), x_TI, y_TO, active, traffic("composed", tokens, 4))
+    kernel = choose_add_rows(torch.device("cpu"), torch.float16, cache_home())
+    compare(kernel, x_TI, y_TO, active, traffic("composed", tokens, 4))
 
 
 @settings(max_examples=150, deadline=None)
