@@ -157,15 +157,22 @@ def summarize(results: dict[str, list[float]], limit: dict[str, float]) -> Summa
     return cases
 
 
-def below_floor(cases: Summary) -> list[str]:
-    """The measured ratios that are far below their floor; the slack is for the noise of a busy machine."""
+def against_floors(cases: Summary) -> dict[str, float]:
+    """What has a floor and was measured."""
     found = {name: case["ratio"] for name, case in cases.items() if name in FLOORS}
     if composed := cases.get("compose_3_of_8"):
         found[OF_LIMIT] = composed["ratio"] / composed["limit"]
     if cases.keys() >= {"four_mixed", "stock_lora"}:
         found[AGAINST_LORA] = cases["four_mixed"]["ratio"] / cases["stock_lora"]["ratio"]
+    return found
+
+
+def below_floor(cases: Summary) -> list[str]:
+    """The measured ratios that are far below their floor; the slack is for the noise of a busy machine."""
     return [
-        f"{name} {ratio:.3f} (floor {FLOORS[name]})" for name, ratio in found.items() if ratio < SLACK * FLOORS[name]
+        f"{name} {ratio:.3f} (floor {FLOORS[name]})"
+        for name, ratio in against_floors(cases).items()
+        if ratio < SLACK * FLOORS[name]
     ]
 
 
@@ -214,12 +221,13 @@ def main() -> None:
     for case, row in cases.items():
         print(f"{case:16} {row['tok_s']:8.1f} tok/s   ratio {row['ratio']:.3f}   " + (
             f"limit {row['limit']:.3f}" if "limit" in row else ""))  # fmt: skip
-    if "stock_lora" in cases and "four_mixed" in cases:
-        print(f"four_mixed against stock LoRA: {cases['four_mixed']['ratio'] / cases['stock_lora']['ratio']:.1f} times")
+    floors = {name: {"ratio": round(r, 4), "floor": FLOORS[name]} for name, r in against_floors(cases).items()}
+    for name, row in floors.items():
+        print(f"{name}: {row['ratio']:.3g}, floor {row['floor']:g}")
     if switch:
         print("switching, ms: " + ", ".join(f"{name} {value:.2f}" for name, value in switch.items()))
     if options.json:
-        options.json.write_text(json.dumps({"cases": cases, "switching_ms": switch}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"cases": cases, "floors": floors, "switching_ms": switch}, indent=2) + "\n")
     if options.check and (low := below_floor(cases)):
         sys.exit("below the floor: " + ", ".join(low))
 
