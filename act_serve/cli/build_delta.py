@@ -50,6 +50,7 @@ def build_delta(
 ) -> None:
     """Build abilities from their profiles and publish them in the store.
 
+    `accelerate launch $(which act-serve) build-delta PROFILE` trains the rows on several GPUs.
     An interrupted build goes on where it stopped. Nothing is published when an ability costs a retained task more
     than its profile allows, or keeps less of the source model's gain than --keep asks for.
     """
@@ -62,6 +63,7 @@ def build_delta(
 
     from act_serve.abilities.store import open_store
     from act_serve.home import cache_home
+    from act_serve.pipeline.processes import is_first
     from act_serve.pipeline.progress import Screen
     from act_serve.pipeline.run import build, show_plan
 
@@ -71,7 +73,7 @@ def build_delta(
         from act_serve.cli.ray_builds import build_with_ray
 
         raise typer.Exit(build_with_ray(loaded, store=store, work=builds, address=ray_address))
-    screen = Screen(Console())
+    screen = Screen(Console(quiet=not is_first()))
     for profile in loaded:
         if plan:
             show_plan(profile, screen)

@@ -41,11 +41,13 @@ class Job:
         """Names the base in stage records."""
         return fingerprint_model(self.base).model_dump_json()
 
-    def keep(self, name: str, inputs: dict[str, Any], make: Callable[[Path, Report], None]) -> Stage:
-        """Runs a stage with a progress bar, or takes it from an earlier run."""
+    def keep(
+        self, name: str, inputs: dict[str, Any], make: Callable[[Path, Report], None], *, together: bool = False
+    ) -> Stage:
+        """Runs a stage with a progress bar, or takes it from an earlier run; `together` as in `run_stage`."""
         named = name + self.variant if name in VARIED_STAGES else name
         with self.screen.stage(named) as report:
-            stage = run_stage(self.work, named, inputs, lambda folder: make(folder, report))
+            stage = run_stage(self.work, named, inputs, lambda folder: make(folder, report), together=together)
         self.peak_bytes[named] = stage.peak_bytes
         shutil.rmtree(self.unfinished(inputs), ignore_errors=True)
         memory = f", {stage.peak_bytes / 2**20:,.0f} MiB of memory more" if stage.peak_bytes else ""

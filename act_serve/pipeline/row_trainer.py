@@ -32,6 +32,7 @@ def training_arguments(folder: Path, settings: FineTune, seed: int, *, checkpoin
         save_total_limit=1,
         logging_strategy="no",
         logging_nan_inf_filter=False,  # a loss that is not finite ends the build instead
+        use_cpu=not torch.cuda.is_available(),  # else several processes without a GPU do not know of each other
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,

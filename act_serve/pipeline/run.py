@@ -14,6 +14,7 @@ from act_serve.pipeline.job import Job
 from act_serve.pipeline.neighbours import company
 from act_serve.pipeline.parent import Parent, find_parent
 from act_serve.pipeline.plan import make_plan
+from act_serve.pipeline.processes import is_first
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.publish import publish, published
 from act_serve.pipeline.search import Curve, smallest_candidate
@@ -28,6 +29,7 @@ PLAN_EXAMPLES = 8
 def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path:
     """Builds the ability of `profile` and returns the folder of its new version in `store`.
 
+    Of several processes (`accelerate launch`) the first one publishes; the others return the folder of the rows.
     Finished stages lie in `work` and are used again by the next build with the same inputs. Raises RetentionError
     when a retained task falls too far and GainError when a search finds no share of channels that keeps enough
     (nothing is published then), and any other ActServeError with what to do.
@@ -39,6 +41,8 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
         check_pair(job.base, resolve_model(profile.source.model), profile.localize.include)
     _show_plan(job)
     candidate, origin, curve = _continued(job, parent) if parent else _made(job)
+    if not is_first():
+        return candidate.final.folder
     evidence = gather_evidence(candidate, origin, store, curve)
     deltas, settled = load_deltas(candidate.final.folder), candidate.job.profile
     descent = origin.descent(settled, base)

@@ -15,8 +15,10 @@ from safetensors import SafetensorError
 from act_serve.errors import BuildError, ModelError
 from act_serve.models.free_memory import out_of_memory, return_freed
 from act_serve.pipeline.peak_memory import forget_peak, peak_bytes
+from act_serve.pipeline.processes import is_first
 
 RECORD = "record.json"
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +42,23 @@ def stage_key(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def run_stage(work: Path, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Stage:
+def run_stage(
+    work: Path, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None], *, together: bool = False
+) -> Stage:
     """Returns the stage `name` of the build in `work`: kept from an earlier run with the same `inputs`, else made.
 
     `inputs` is JSON and holds all that the result depends on, keys of earlier stages included. `make` fills the
-    empty folder that it is given; the stage appears only when it is complete. Raises BuildError when the disk is
-    full or not writable, or memory runs out.
+    empty folder that it is given; the stage appears only when it is complete. Where several processes build, the first
+    one makes it and the others wait; what they make `together` all work on, and the first one's is kept. Raises
+    BuildError when the disk is full or not writable, or memory runs out.
     """
     key = stage_key(inputs)
     folder = work / name
-    kept = _record(folder)
-    if kept.get("key") == key:
-        return Stage(folder, key, float(kept["seconds"]), int(kept.get("peak_bytes", 0)), resumed=True)
+    kept = _kept(folder, key)
+    if kept is None and not is_first() and not together:
+        kept = _waited_for(folder, key)
+    if kept is not None:
+        return kept
     staging = work / f".{name}.{os.getpid()}"
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -65,6 +72,8 @@ def run_stage(work: Path, name: str, inputs: Mapping[str, Any], make: Callable[[
         peak = max(peak_bytes() - held, 0)
         record = {"key": key, "seconds": round(seconds, 1), "peak_bytes": peak, "inputs": dict(inputs)}
         (staging / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if not is_first():
+            return _waited_for(folder, key)
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     except (OSError, SafetensorError) as exc:
@@ -78,6 +87,20 @@ def run_stage(work: Path, name: str, inputs: Mapping[str, Any], make: Callable[[
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Stage(folder, key, seconds, peak, resumed=False)
+
+
+def _kept(folder: Path, key: str) -> Stage | None:
+    record = _record(folder)
+    if record.get("key") != key:
+        return None
+    return Stage(folder, key, float(record["seconds"]), int(record.get("peak_bytes", 0)), resumed=True)
+
+
+def _waited_for(folder: Path, key: str) -> Stage:
+    """The stage once the first process has made it; where that one fails, its launcher ends this one."""
+    while (kept := _kept(folder, key)) is None:
+        time.sleep(_POLL_S)
+    return kept
 
 
 def _record(folder: Path) -> dict[str, Any]:

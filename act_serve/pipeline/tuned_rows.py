@@ -45,7 +45,7 @@ def tuned_rows(job: Job, transferred: Stage, source: Path | None = None, source_
         )
         save_deltas(folder, tuned)
 
-    return job.keep("finetune", inputs, make)
+    return job.keep("finetune", inputs, make, together=True)
 
 
 def retained_text(profile: Profile) -> list[Example]:
