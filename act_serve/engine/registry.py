@@ -73,6 +73,7 @@ class CompositionRegistry:
         self._leaving: set[AbilityKey] = set()
         self._pinned_before: set[AbilityKey] = set()
         self._left_out: set[AbilityKey] = set()
+        self._staying: set[AbilityKey] = set()
         self._last_id = 0
 
     @asynccontextmanager
@@ -111,6 +112,8 @@ class CompositionRegistry:
     async def load_pinned(self) -> None:
         """Makes the active versions of pinned abilities resident, as many as there is room for when all others leave.
 
+        Those that are pinned already stay before new ones.
+
         What cannot be loaded is logged, and left to the requests for it, which say what is wrong.
         """
         try:
@@ -118,25 +121,18 @@ class CompositionRegistry:
         except ActServeError as exc:
             logger.warning("Pinned abilities are not loaded ahead: %s", exc)
             return
-        if wanted.keys() != self._pinned_before:
-            self._pinned_before, self._left_out = set(wanted), set()
-            free = self.seats.max_bytes
-            for key, size in wanted.items():
-                if size <= free:
-                    free -= size
-                else:
-                    self._leave_out(key, "there is no room for it beside the others; raise max_resident_bytes")
-        for key in wanted:
-            if key not in self._left_out and key not in self.seats:
-                try:
+        if wanted != self._pinned_before:
+            self._pinned_before, self._left_out = wanted, set()
+        self._staying &= wanted
+        for key in sorted(wanted - self._left_out):
+            try:
+                if key not in self.seats:
                     async with self.hold(f"{next(iter(self._base_names))}:{key}"):
                         logger.info("Loaded pinned ability %s ahead of requests", key)
-                except ActServeError as exc:
-                    self._leave_out(key, exc)
-
-    def _leave_out(self, key: AbilityKey, reason: object) -> None:
-        self._left_out.add(key)
-        logger.warning("Pinned ability %s is not loaded ahead: %s", key, reason)
+                self._staying.add(key)
+            except ActServeError as exc:
+                self._left_out.add(key)
+                logger.warning("Pinned ability %s is not loaded ahead: %s", key, exc)
 
     async def keep_pinned(self) -> None:
         """Loads what is pinned, or activated of what is pinned, from now on; until it is cancelled."""
@@ -144,11 +140,11 @@ class CompositionRegistry:
             await asyncio.sleep(_PINNED_S)
             await self.load_pinned()
 
-    def _active_pinned(self) -> dict[AbilityKey, int]:
+    def _active_pinned(self) -> set[AbilityKey]:
         store = self._admission.store
         names = [name for name, state in store.state().abilities.items() if state.pinned]
         manifests = (store.manifest(name) for name in names if store.versions(name))
-        return {AbilityKey(m.name, m.version, m.digest): self._size(m.counts) for m in manifests}
+        return {AbilityKey(m.name, m.version, m.digest) for m in manifests}
 
     async def _admitted(self, model: str) -> _Known:
         known = self._known.get(model) or self._known.setdefault(model, await self._admit(model))
@@ -211,8 +207,8 @@ class CompositionRegistry:
             raise EngineError(f"the engine failed at {method}{args}: {exc}") from exc
 
     def _pinned(self, keys: Iterable[AbilityKey]) -> set[AbilityKey]:
-        """Those of which the last look at the store said that they stay, as far as there is room for them."""
-        return {key for key in keys if key in self._pinned_before - self._left_out}
+        """Those that the last look at the store said should stay, and that there was room for."""
+        return self._staying.intersection(keys)
 
     async def _evict(self, key: AbilityKey) -> None:
         """Makes vLLM forget all compositions with this ability; the workers free it with the next load's first call.

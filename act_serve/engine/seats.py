@@ -129,7 +129,8 @@ class Seats(Generic[Key]):
         staying = [key for key in self.pinned(self._seats) if key not in sizes]
         taken = sum(self._seats[key].size for key in staying)
         if sum(sizes.values()) > self.max_bytes - taken:
-            beside = f", {taken / 2**20:.1f} MiB of that the pinned {', '.join(map(str, staying))}" if staying else ""
+            # Their names are nobody's business who may not use them.
+            beside = f", {taken / 2**20:.1f} MiB of that for {len(staying)} pinned ones" if staying else ""
             raise RequestError(
                 f"the request's abilities need {sum(sizes.values()) / 2**20:.1f} MiB together, and this engine keeps "
                 f"at most {self.max_bytes / 2**20:.1f} MiB resident{beside}; use fewer at once, "

@@ -60,7 +60,7 @@ async def test_more_abilities_than_room(client: tuple[httpx.AsyncClient, Any, St
     assert set(ours.handlers) <= set(logging.getLogger("vllm").handlers)  # pytest adds more to vLLM's
     seats = app.state.compositions.seats
     assert [key.name for key in seats._seats] == ["r3"], "a pinned ability is there before the first request"
-    texts = ["", "r0", "r1", "r2+r3*0.5", "r3", "r0*0.5+r2"] * 4
+    texts = ["", "r0", "r1", "r2+r3*0.5", "r3", "r0*0.5+r3*2"] * 4
     replies = await asyncio.gather(*(complete(http, store, text) for text in texts))
     assert seats.bytes <= seats.max_bytes
     page = parse_metrics((await http.get("/metrics")).text, 0).sum
@@ -79,9 +79,10 @@ async def test_more_abilities_than_room(client: tuple[httpx.AsyncClient, Any, St
             logits = merged_model(base, store, text)(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == tokens, text
 
-    too_many = await complete(http, store, "r0+r1+r2")
-    assert too_many.status_code == 400
-    assert "max_resident_bytes" in too_many.text
+    for text, reason in {"r1+r2+r3": "max_resident_bytes", "r0+r2": "of that for 1 pinned ones"}.items():
+        too_many = await complete(http, store, text)
+        assert too_many.status_code == 400
+        assert reason in too_many.text
 
     damaged = store.path("r1", 1) / TENSORS_FILE
     publish_random(store, base, "r1", seed=9, version=2)
@@ -92,8 +93,9 @@ async def test_more_abilities_than_room(client: tuple[httpx.AsyncClient, Any, St
     assert (await complete(http, store, "r1@1")).status_code == 200
     pin(store, "r1", True)  # its active version is the damaged one: logged, and nothing else suffers
     pin(store, "r0", True)
+    pin(store, "r2", True)  # there is no room for it
     await app.state.compositions.load_pinned()
-    assert {"r0", "r3"} <= {key.name for key in seats._seats}
+    assert {"r0", "r3"} == {key.name for key in seats._seats}
     running = asyncio.create_task(complete(http, store, "r0"))
     while not (rows := await held(http, "r0")) or not rows[0]["requests"]:
         assert not running.done()

@@ -175,7 +175,7 @@ async def test_pinned_abilities_never_leave() -> None:
     await engine.run({"d": 3})
     await engine.run({"e": 6})
     assert engine.evicted == ["b", "c", "d"], "a is the least recently used one, and stays"
-    with pytest.raises(RequestError, match="of that the pinned a; use fewer at once, unpin some, or raise"):
+    with pytest.raises(RequestError, match="of that for 1 pinned ones; use fewer at once, unpin some, or raise"):
         await engine.run({"f": 8})
     await engine.run({"a": 3, "g": 7})
     assert engine.evicted[3:] == ["e"]
