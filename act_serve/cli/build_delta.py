@@ -54,8 +54,11 @@ def build_delta(
     An interrupted build goes on where it stopped. Nothing is published when an ability costs a retained task more
     than its profile allows, or keeps less of the source model's gain than --keep asks for.
     """
+    from act_serve.pipeline.processes import count
     from act_serve.profile.load import load_profile
 
+    if count() > 1 and (ray or ray_address or len(profiles) > 1):
+        raise typer.BadParameter("several processes (accelerate launch) build one profile at a time, and without --ray")
     # All are checked before the first minute is spent.
     loaded = [_searching(load_profile(path), keep) for path in profiles]
     _require_build_extra()

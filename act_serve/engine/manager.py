@@ -102,7 +102,6 @@ class AbilityManager:
         self.batch = BatchTable()
         self._compositions: dict[int, _Resolved] = {}
         self._last_mapping: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-        self._step_keys: set[AbilityKey] = set()  # which abilities the last step uses
         self._loader, self._read_buffer = _one_thread(), ReadBuffer()
         self._loading: dict[AbilityKey, Future[list[AbilityRows]]] = {}
         self._patience_s, self._loaded = 0.0, False
@@ -188,9 +187,6 @@ class AbilityManager:
     def add_adapter(self, request: LoRARequest) -> bool:
         """Makes a composition's abilities resident; False when all was there already.
 
-        Where nobody keeps the budget, as in plain ``vllm serve``, abilities that the last step did not use leave for
-        them, least recently used ones first. A step that needs one of those again reads it once more.
-
         Raises:
             ActServeError: an artifact is missing, damaged, does not fit, or has another content than was asked for.
         """
@@ -198,7 +194,7 @@ class AbilityManager:
         if known is not None and known.name != request.lora_name:
             raise EngineError(f"adapter id {request.lora_int_id} names both {known.name} and {request.lora_name}")
         resolved = known or self._resolve(request)
-        loaded = self._load(resolved, in_use=self._step_keys | resolved.weights.keys())
+        loaded = self._load(resolved, in_use=self._in_use() | resolved.weights.keys())
         self._compositions[request.lora_int_id] = resolved
         self._last_mapping = None
         return loaded or known is None
@@ -269,7 +265,6 @@ class AbilityManager:
 
     def _forget_step(self) -> None:
         """Empties the tables, and has the next step fill them again even where its tokens are the last one's."""
-        self._step_keys = set()
         self.batch.clear()
         if self._graphs is not None:
             self._graphs.reset()
@@ -290,6 +285,10 @@ class AbilityManager:
             request.lora_name,
             {AbilityKey.of(a): a.weight for a in composition.abilities},
         )
+
+    def _in_use(self) -> set[AbilityKey]:
+        """Whatever a known composition needs stays: a step must never have to read a file."""
+        return {key for known in self._compositions.values() for key in known.weights}
 
     def _load(self, resolved: _Resolved, in_use: set[AbilityKey], over_budget: bool = False) -> bool:
         missing = [key for key in resolved.weights if key not in self._residents]
@@ -316,10 +315,9 @@ class AbilityManager:
 
     def _fill(self, ids_T: tuple[int, ...], active: dict[int, _Resolved], sampled_ids: tuple[int, ...]) -> None:
         if not active:
-            self._step_keys = set()
             self.batch.clear()
             return
-        self._step_keys = keys = {key for resolved in active.values() for key in resolved.weights}
+        keys = {key for resolved in active.values() for key in resolved.weights}
         for resolved in active.values():
             self._load(resolved, in_use=keys, over_budget=True)
         self._residents.touch(keys)

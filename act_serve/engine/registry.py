@@ -124,15 +124,16 @@ class CompositionRegistry:
         if wanted != self._pinned_before:
             self._pinned_before, self._left_out = wanted, set()
         self._staying &= wanted
-        for key in sorted(wanted - self._left_out):
+        for key in sorted(wanted):
             try:
-                if key not in self.seats:
+                if not self.seats.ready([key]) and key not in self._left_out:
                     async with self.hold(f"{next(iter(self._base_names))}:{key}"):
                         logger.info("Loaded pinned ability %s ahead of requests", key)
-                self._staying.add(key)
             except ActServeError as exc:
                 self._left_out.add(key)
                 logger.warning("Pinned ability %s is not loaded ahead: %s", key, exc)
+            if self.seats.ready([key]):  # also what a request has loaded since
+                self._staying.add(key)
 
     async def keep_pinned(self) -> None:
         """Loads what is pinned, or activated of what is pinned, from now on; until it is cancelled."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeVar
@@ -94,30 +94,33 @@ class Seats(Generic[Key]):
         Raises:
             RequestError: they need more than there is beside the pinned ones; and whatever ``load`` raises.
         """
-        if self._ready(sizes):
+        if self.ready(sizes):
             self._use(sizes)
             return
         self._check(sizes)
         place = object()
-        self._waiting[place] = [key for key in sizes if not self._ready([key])]
+        self._waiting[place] = [key for key in sizes if not self.ready([key])]
         try:
             while not await self._without_waiting(sizes, load):
-                if next(iter(self._waiting)) is place:
+                if self._is_first(place):
                     await self._as_first(sizes, load)
                     break
                 await self._change()
             self._use(sizes)
         finally:
+            if self._is_first(place):
+                self._changed.set()
             del self._waiting[place]
-            self._changed.set()
 
     def leave(self, sizes: Mapping[Key, int]) -> None:
         """Ends what :meth:`take` began."""
         for key in sizes:
             self._seats[key].users -= 1
-        self._changed.set()
+            if not self._seats[key].users:
+                self._changed.set()
 
-    def _ready(self, keys: Iterable[Key]) -> bool:
+    def ready(self, keys: Iterable[Key]) -> bool:
+        """Whether all are resident, and none is about to leave."""
         return all(key in self._seats and not self._seats[key].closing for key in keys)
 
     def _use(self, sizes: Mapping[Key, int]) -> None:
@@ -140,47 +143,63 @@ class Seats(Generic[Key]):
 
     async def _without_waiting(self, sizes: Mapping[Key, int], load: Callable[[], Awaitable[None]]) -> bool:
         """Loads what is missing where idle abilities make the room for it; says whether all is resident now."""
+        if not self.ready(sizes) and self._idle_victims(sizes) is None:
+            return False  # without the lock, as all that wait ask this after every change
         async with self._room:
-            if self._ready(sizes):
+            if self.ready(sizes):
                 return True
-            if any(key in self._seats and self._seats[key].closing for key in sizes):
-                return False  # for the one that closed it is ahead
-            idle = [key for key, seat in self._seats.items() if not (seat.users or seat.closing or key in self._first)]
-            leaving = self._victims(sizes, idle)
+            leaving = self._idle_victims(sizes)
             if leaving is None:
                 return False
-            for key in leaving:
-                await self._remove(key)
-            await self._load(sizes, load)
+            self._mark(leaving, closing=True)
+            try:
+                while leaving:
+                    await self._remove(leaving.pop(0))
+                await self._load(sizes, load)
+            finally:
+                self._mark(leaving, closing=False)
             return True
+
+    def _idle_victims(self, sizes: Mapping[Key, int]) -> list[Key] | None:
+        """Which abilities make the room without anybody waiting; None where they are too few."""
+        if any(key in self._seats and self._seats[key].closing for key in sizes):
+            return None  # the one that closed it is ahead
+        idle = (key for key, seat in self._seats.items() if not (seat.users or seat.closing or key in self._first))
+        return self._victims(sizes, idle)
 
     async def _as_first(self, sizes: Mapping[Key, int], load: Callable[[], Awaitable[None]]) -> None:
         """Waits until those leave whose room is needed, and loads what is missing."""
-        leaving: Sequence[Key] = ()
+        leaving: list[Key] = []
         try:
             async with self._room:
-                if self._ready(sizes):
+                if self.ready(sizes):
                     return
                 self._check(sizes)  # something may have been pinned meanwhile
                 # Idle ones first; each in order of their last use.
-                leaving = self._victims(sizes, sorted(self._seats, key=lambda key: self._seats[key].users > 0)) or ()
+                leaving = self._victims(sizes, sorted(self._seats, key=lambda key: self._seats[key].users > 0)) or []
                 self._first = sizes
-                for key in leaving:
-                    self._seats[key].closing = True
-            for key in leaving:
-                while self._seats[key].users:
+                self._mark(leaving, closing=True)
+            while leaving:
+                while self._seats[leaving[0]].users:
                     await self._change()
-                await self._remove(key)
+                await self._remove(leaving.pop(0))
             async with self._room:
                 await self._load(sizes, load)
         finally:
             self._first = {}
-            for key in leaving:  # a request that gave up waiting must not leave them closed
-                if key in self._seats:
-                    self._seats[key].closing = False
+            self._mark(leaving, closing=False)
+
+    def _mark(self, keys: Iterable[Key], *, closing: bool) -> None:
+        """Lets nobody in where they leave, and everybody again where what they should have made room for gave up."""
+        for key in keys:
+            if key in self._seats:
+                self._seats[key].closing = closing
+
+    def _is_first(self, place: object) -> bool:
+        return next(iter(self._waiting)) is place
 
     async def _change(self) -> None:
-        """Waits until a request leaves, or one that waited does not any longer."""
+        """Waits until an ability is idle, a load has ended, or the first in the queue is another one."""
         self._changed.clear()
         await self._changed.wait()
 
@@ -209,8 +228,11 @@ class Seats(Generic[Key]):
         await self.evict(key)
 
     async def _load(self, sizes: Mapping[Key, int], load: Callable[[], Awaitable[None]]) -> None:
-        if self._ready(sizes):
+        if self.ready(sizes):
             return
-        await load()
+        try:
+            await load()
+        finally:
+            self._changed.set()
         for key, size in sizes.items():
             self._seats.setdefault(key, _Seat(size)).closing = False

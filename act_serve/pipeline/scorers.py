@@ -26,7 +26,10 @@ HIGHER_IS_BETTER = {
 RIVALS = ("ca", "de", "en", "es", "fr", "it", "la", "nl", "pt", "ro")
 LIKELIHOOD_METRICS = frozenset({"nll", "perplexity"})
 Numbers = list[float]
-_NUMBER = re.compile(r"(?:(?<![\w)%])[-−])?\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\w)%])[-−])?(?:\d+(?:\.\d+)?|(?<![\d.])\.\d+)")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# What a metric has learnt since scores were first kept; part of what kept scores are found by.
+REVISIONS = {"final_number": "signs, decimals and thousands"}
 
 
 def score_of(metric: str, sums_S: Sequence[float]) -> float:
@@ -110,7 +113,7 @@ def _identifier(language: str) -> Callable[[str], str | None]:
 
 def _last_number(text: str) -> Decimal | None:
     """The last of `12`, `1,234`, `-3.5`; in `10-12` the hyphen is no sign, and a full stop ends a sentence."""
-    found = _NUMBER.findall(re.sub(r"(?<=\d),(?=\d)", "", text))
+    found = _NUMBER.findall(_THOUSANDS.sub("", text))
     return Decimal(found[-1].replace("−", "-")) if found else None
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -18,7 +19,9 @@ from act_serve.pipeline.peak_memory import forget_peak, peak_bytes
 from act_serve.pipeline.processes import is_first
 
 RECORD = "record.json"
-_POLL_S = 0.2
+_POLL_S, _LONG_S = 0.2, 300.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,11 @@ def _kept(folder: Path, key: str) -> Stage | None:
 
 def _waited_for(folder: Path, key: str) -> Stage:
     """The stage once the first process has made it; where that one fails, its launcher ends this one."""
+    start, said = time.monotonic(), False
     while (kept := _kept(folder, key)) is None:
+        if not said and time.monotonic() - start > _LONG_S:
+            said = True
+            _log.warning("still waiting for the first process to make %s, which all must share (--work)", folder)
         time.sleep(_POLL_S)
     return kept
 

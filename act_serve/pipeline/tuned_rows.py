@@ -6,6 +6,7 @@ from act_serve.models.examples import Example
 from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples
 from act_serve.pipeline.finetune import Lessons, finetune
 from act_serve.pipeline.job import Job
+from act_serve.pipeline.processes import count
 from act_serve.pipeline.stage_files import load_deltas, save_deltas
 from act_serve.pipeline.stages import Stage
 from act_serve.pipeline.training import Report
@@ -29,6 +30,7 @@ def tuned_rows(job: Job, transferred: Stage, source: Path | None = None, source_
         "retained": examples_hash(lessons.retained),
         "seed": profile.seed,
         "company": [other.key for other in job.company],
+        **({"processes": count()} if count() > 1 else {}),  # a step takes a batch for each
     }
 
     def make(folder: Path, report: Report) -> None:

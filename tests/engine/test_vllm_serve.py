@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -26,6 +25,7 @@ from tests.abilities_for_tests import merged_model, publish_random
 from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
+ROOM = 8
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def server(base: Path, store: Store, tmp_path_factory: pytest.TempPathFactory) -
     counts = store.manifest("r1").counts
     environment = {
         **os.environ,
-        "ACT_SERVE_MAX_RESIDENT_BYTES": str(int(2.5 * counts.parameters * 4)),
+        "ACT_SERVE_MAX_RESIDENT_BYTES": str(int((ROOM + 0.5) * counts.parameters * 4)),
         "ACT_SERVE_STORE": str(store.root),
         "ACT_SERVE_BASE": "smol",
         "VLLM_PLUGINS": "act_serve",
@@ -110,24 +110,6 @@ def test_what_cannot_be_served_is_said_and_the_server_lives(server: httpx.Client
         assert complete(server, "smol").status_code == 200
 
 
-def test_abilities_come_and_go_where_there_is_room_for_two(server: httpx.Client, base: Path, store: Store) -> None:
-    names = [f"turn{number}" for number in range(4)]
-    for number, name in enumerate(names):
-        publish_random(store, base, name, seed=40 + number, scale=0.06)
-
-    def answers() -> list[list[int]]:
-        found = [complete(server, f"smol:{name}") for name in names]
-        assert all(response.status_code == 200 for response in found), [response.text for response in found]
-        return [response.json()["choices"][0]["token_ids"] for response in found]
-
-    first = answers()
-    assert len(set(map(tuple, first))) == len(names)
-    assert answers() == first, "by now each was read again"
-    with ThreadPoolExecutor() as pool:
-        together = pool.map(lambda name: complete(server, f"smol:{name}").json()["choices"][0]["token_ids"], names)
-        assert list(together) == first
-
-
 def test_abilities_are_read_from_the_store_alone(server: httpx.Client, store: Store) -> None:
     load = {"lora_name": "smol:r1@1~000000000000", "lora_path": "/tmp"}
     response = server.post("/v1/load_lora_adapter", json=load)
@@ -146,3 +128,14 @@ def test_a_name_without_version_follows_the_store(server: httpx.Client, base: Pa
     publish_random(store, base, "renewed", seed=22, version=2, scale=0.06)
     assert answer("smol:renewed") == answer("smol:renewed@2") != first
     assert answer("smol:renewed@1") == first
+
+
+def test_what_there_is_no_room_for_is_refused(server: httpx.Client, base: Path, store: Store) -> None:
+    names = [f"more{number}" for number in range(ROOM)]
+    for number, name in enumerate(names):
+        publish_random(store, base, name, seed=40 + number)
+    answers = [complete(server, f"smol:{name}") for name in names]
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert refused, "others are there before"
+    assert all(answer.status_code == 400 for answer in refused)
+    assert complete(server, "smol:r1").status_code == 200

@@ -35,7 +35,8 @@ def build(folder: Path, name: str, accumulated: int, *launcher: str) -> subproce
     path.write_text(yaml.safe_dump(content))
     command = [sys.executable, *launcher, str(ACT_SERVE), "build-delta", str(path), "--threads", "1"]
     command += ["--store", str(folder / "store"), "--work", str(folder / "work")]
-    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def deltas(folder: Path, name: str) -> dict[str, ModuleDelta]:
@@ -62,5 +63,15 @@ def test_an_error_ends_all_processes(folder: Path) -> None:
     (folder / "source" / "model.safetensors").write_bytes(b"damaged")
     done = build(folder, "broken", 1, *LAUNCHER)
     assert done.returncode != 0
-    assert "source" in done.stderr
+    assert "can't be loaded" in done.stderr or str(folder / "source") in done.stderr
     assert not (folder / "store" / "broken").exists()
+
+
+def test_they_build_one_profile_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("COLUMNS", "300")
+    path = str(profile_file(folder))
+    for more in ([path], ["--ray"]):
+        done = subprocess.run([str(ACT_SERVE), "build-delta", path, *more], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert "one profile at a time" in done.stderr
