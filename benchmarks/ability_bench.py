@@ -30,7 +30,7 @@ from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples
 from act_serve.pipeline.evaluate import Question, evaluate
 from act_serve.pipeline.localize import localize
 from act_serve.pipeline.measured import Measured, combined
-from act_serve.pipeline.scorers import HIGHER_IS_BETTER, REVISIONS
+from act_serve.pipeline.scorers import HIGHER_IS_BETTER, revision
 from act_serve.pipeline.transfer import transfer
 from act_serve.profile.load import load_profile
 from act_serve.profile.schema import Profile, Ranking, Task
@@ -242,8 +242,8 @@ def _measured_versions(store: Store, name: str) -> list[tuple[str, Manifest]]:
 
 def _key(facts: Sequence[Any], question: Question) -> str:
     task = question.task
-    metric = [task.metric, *([REVISIONS[task.metric]] if task.metric in REVISIONS else [])]
-    every = [*facts, [*metric, task.language, task.max_new_tokens], examples_hash(question.examples)]
+    asked = [task.metric, *revision(task.metric), task.language, task.max_new_tokens]
+    every = [*facts, asked, examples_hash(question.examples)]
     return hashlib.sha256(json.dumps(every).encode()).hexdigest()[:24]
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import aiohttp
 import psutil
 
+from act_serve.cli.metrics_page import parse_metrics
 from act_serve.models.loading import EMBEDDED_NAME, embedded_base
 from benchmarks.router_overhead import free_port, wait_until_ready
 
@@ -110,8 +111,7 @@ async def turns(session: aiohttp.ClientSession, urls: dict[str, str]) -> dict[st
 async def resident_abilities(session: aiohttp.ClientSession, url: str) -> int:
     """How many abilities the engine says it has."""
     async with session.get(f"{url}/metrics") as reply:
-        lines = (await reply.text()).splitlines()
-    return int(float(next(line for line in lines if line.startswith("act_resident_abilities ")).split()[1]))
+        return int(parse_metrics(await reply.text(), 0).sum("act_resident_abilities"))
 
 
 def resident(process: subprocess.Popen[bytes]) -> int:

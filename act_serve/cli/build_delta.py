@@ -54,7 +54,7 @@ def build_delta(
     An interrupted build goes on where it stopped. Nothing is published when an ability costs a retained task more
     than its profile allows, or keeps less of the source model's gain than --keep asks for.
     """
-    from act_serve.pipeline.processes import count
+    from act_serve.pipeline.processes import count, is_first
     from act_serve.profile.load import load_profile
 
     if count() > 1 and (ray or ray_address or len(profiles) > 1):
@@ -66,7 +66,6 @@ def build_delta(
 
     from act_serve.abilities.store import open_store
     from act_serve.home import cache_home
-    from act_serve.pipeline.processes import is_first
     from act_serve.pipeline.progress import Screen
     from act_serve.pipeline.run import build, show_plan
 

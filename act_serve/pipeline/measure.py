@@ -13,7 +13,7 @@ from act_serve.models.row_delta import RowDeltas
 from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples
 from act_serve.pipeline.evaluate import Question, evaluate
 from act_serve.pipeline.measured import Interval, Measured
-from act_serve.pipeline.scorers import HIGHER_IS_BETTER, REVISIONS
+from act_serve.pipeline.scorers import HIGHER_IS_BETTER, revision
 from act_serve.profile.schema import Profile, RetainedTask
 
 Deltas = Mapping[str, ModuleDelta]
@@ -31,12 +31,8 @@ def questions_of(profile: Profile) -> list[Question]:
 def questions_key(questions: Sequence[Question]) -> list[list[str]]:
     """Names the tasks and every example in them, for stage records."""
     return [
-        [each.task.model_dump_json(), examples_hash(each.examples), *_revision(each.task.metric)] for each in questions
+        [each.task.model_dump_json(), examples_hash(each.examples), *revision(each.task.metric)] for each in questions
     ]
-
-
-def _revision(metric: str) -> list[str]:
-    return [REVISIONS[metric]] if metric in REVISIONS else []
 
 
 def examples_of(questions: Sequence[Question]) -> dict[str, str]:

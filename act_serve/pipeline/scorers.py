@@ -28,8 +28,12 @@ LIKELIHOOD_METRICS = frozenset({"nll", "perplexity"})
 Numbers = list[float]
 _NUMBER = re.compile(r"(?:(?<![\w)%])[-−])?(?:\d+(?:\.\d+)?|(?<![\d.])\.\d+)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-# What a metric has learnt since scores were first kept; part of what kept scores are found by.
-REVISIONS = {"final_number": "signs, decimals and thousands"}
+_REVISIONS = {"final_number": ["signs, decimals and thousands"]}
+
+
+def revision(metric: str) -> list[str]:
+    """What a metric has learnt since scores were first kept; part of what kept scores are found by."""
+    return _REVISIONS.get(metric, [])
 
 
 def score_of(metric: str, sums_S: Sequence[float]) -> float:
