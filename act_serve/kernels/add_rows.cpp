@@ -26,6 +26,15 @@ struct Segment {  // one ability's rows of one layer; native.py fills it
   int64_t count;
 };
 
+struct Call {  // what a layer and a step have beside activations; native.py fills it
+  const Segment* segments;
+  int64_t abilities;
+  const int32_t* starts;  // of an ability's uses among the tokens and weights
+  const int32_t* tokens;
+  const float* weights;
+  int64_t size, outputs, step_tokens;
+};
+
 namespace {
 
 constexpr int64_t kBytesWorthAThread = 32 << 10;
@@ -262,19 +271,18 @@ struct Share {  // what one thread computes: columns first to end of the tokens 
 };
 
 template <class T>
-void add_share(const Segment* segments, int64_t abilities, const int32_t* starts, const int32_t* tokens,
-               const float* weights, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t size,
-               Share share) {
+void add_share(const Call& call, const T* x, int64_t x_stride, T* y, int64_t y_stride, Share share) {
   auto each = [&](auto work) {
-    for (int64_t a = 0; a < abilities; a++) {
-      Uses all{tokens + starts[a], weights + starts[a], starts[a + 1] - starts[a]};
+    for (int64_t a = 0; a < call.abilities; a++) {
+      int32_t start = call.starts[a];
+      Uses all{call.tokens + start, call.weights + start, call.starts[a + 1] - start};
       Uses uses = all.between(share.from, share.until);
       if (!uses.count) continue;
-      const Segment& segment = segments[a];
+      const Segment& segment = call.segments[a];
       const int32_t* last = segment.rows + segment.count;
       int64_t n = std::lower_bound(segment.rows, last, share.first) - segment.rows;
       int64_t stop = std::lower_bound(segment.rows, last, share.end) - segment.rows;
-      if (n < stop) work(Task<T>{segment, n, stop, uses, x, x_stride, y, y_stride, size});
+      if (n < stop) work(Task<T>{segment, n, stop, uses, x, x_stride, y, y_stride, call.size});
     }
   };
 #ifdef __AMX_BF16__
@@ -283,7 +291,7 @@ void add_share(const Segment* segments, int64_t abilities, const int32_t* starts
     if (count >= kTokensWorthTiles && tiles::allowed()) {
       static thread_local Inputs inputs;
       tiles::Setup setup;
-      if (count <= tiles::kBlock) inputs.whole_step(x, x_stride, size, share.from, count);
+      if (count <= tiles::kBlock) inputs.whole_step(x, x_stride, call.size, share.from, count);
       else inputs.each_ability();
       each([&](const Task<T>& task) { task.segment.count < tiles::kSide ? task.by_dots() : inputs.add(task); });
       return;
@@ -294,26 +302,24 @@ void add_share(const Segment* segments, int64_t abilities, const int32_t* starts
 }
 
 template <class T>
-void add_rows(const Segment* segments, int64_t abilities, const int32_t* starts, const int32_t* tokens,
-              const float* weights, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t size,
-              int64_t outputs, int64_t step_tokens) {
+void add_rows(const Call& call, const T* x, int64_t x_stride, T* y, int64_t y_stride) {
   int64_t bytes = 0, products = 0;
-  for (int64_t a = 0; a < abilities; a++) {
-    int64_t used = starts[a + 1] - starts[a], elements = used ? segments[a].count * size : 0;
+  for (int64_t a = 0; a < call.abilities; a++) {
+    int64_t used = call.starts[a + 1] - call.starts[a], elements = used ? call.segments[a].count * call.size : 0;
     bytes += elements * sizeof(T);
     products += elements * used;
   }
   int64_t wanted = std::max(bytes / kBytesWorthAThread, products / kProductsWorthAThread);
   int threads = static_cast<int>(std::clamp<int64_t>(wanted, 1, omp_get_max_threads()));
-#pragma omp parallel num_threads(threads) if (threads > 1)
+  int32_t every = static_cast<int32_t>(call.outputs), last = static_cast<int32_t>(call.step_tokens);
+  if (threads == 1) return add_share<T>(call, x, x_stride, y, y_stride, {0, every, 0, last});
+#pragma omp parallel num_threads(threads)
   {
     int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
     auto part = [&](int64_t whole, int64_t number) { return static_cast<int32_t>(whole * number / all); };
-    int32_t every = static_cast<int32_t>(outputs), last = static_cast<int32_t>(step_tokens);
-    Share share = step_tokens >= kTokensWorthAThread * all
-                         ? Share{0, every, part(step_tokens, me), part(step_tokens, me + 1)}
-                         : Share{part(outputs, me), part(outputs, me + 1), 0, last};
-    add_share<T>(segments, abilities, starts, tokens, weights, x, x_stride, y, y_stride, size, share);
+    Share share = last >= kTokensWorthAThread * all ? Share{0, every, part(last, me), part(last, me + 1)}
+                                                    : Share{part(every, me), part(every, me + 1), 0, last};
+    add_share<T>(call, x, x_stride, y, y_stride, share);
   }
 }
 
@@ -334,11 +340,8 @@ void scatter(const int32_t* rows, int64_t count, const int32_t* tokens, const fl
 }  // namespace
 
 #define EXPORT(T)                                                                                                   \
-  extern "C" void add_rows_##T(const Segment* segments, int64_t abilities, const int32_t* starts,                   \
-                               const int32_t* tokens, const float* weights, const T* x, int64_t x_stride, T* y,     \
-                               int64_t y_stride, int64_t size, int64_t outputs, int64_t step_tokens) {              \
-    add_rows<T>(segments, abilities, starts, tokens, weights, x, x_stride, y, y_stride, size, outputs,              \
-                step_tokens);                                                                                       \
+  extern "C" void add_rows_##T(const Call* call, const T* x, int64_t x_stride, T* y, int64_t y_stride) {            \
+    add_rows<T>(*call, x, x_stride, y, y_stride);                                                                   \
   }                                                                                                                 \
   extern "C" void scatter_##T(const int32_t* rows, int64_t count, const int32_t* tokens, const float* weights,      \
                               int64_t used, const T* values, T* y, int64_t y_stride) {                              \

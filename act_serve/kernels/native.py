@@ -16,9 +16,10 @@ import tempfile
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from act_serve.kernels.rows import ActiveRows, TokenWeights
+from act_serve.kernels.rows import ActiveRows, NativeCall, TokenWeights
 
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 COMPILER_VARIABLE = "CXX"
@@ -40,9 +41,7 @@ class NativeRows:
         self.dtype = dtype
         self._add_rows = functions[f"add_rows_{DTYPES[dtype]}"]
         self._scatter = functions[f"scatter_{DTYPES[dtype]}"]
-        self._add_rows.argtypes = [
-            *(_POINTER, _SIZE), *(_POINTER, _POINTER, _POINTER), *(_POINTER, _SIZE), *(_POINTER, _SIZE), *[_SIZE] * 3
-        ]  # fmt: skip
+        self._add_rows.argtypes = [_POINTER, *(_POINTER, _SIZE), *(_POINTER, _SIZE)]
         self._scatter.argtypes = [*(_POINTER, _SIZE), *(_POINTER, _POINTER, _SIZE), _POINTER, *(_POINTER, _SIZE)]
         self._add_rows.restype = self._scatter.restype = None
         self._multiplies_many = dtype == torch.bfloat16 and bool(functions.has_tiles())
@@ -50,16 +49,29 @@ class NativeRows:
 
     def __call__(self, x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
         """Products that torch makes are rounded once to the dtype before they are weighted; all else is fp32."""
+        call = active.call
+        if call is None or call.weights is not weights:
+            call = active.call = self._prepared(x_TI, y_TO, active, weights)
+        if call.address:
+            self._add_rows(call.address, x_TI.data_ptr(), x_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0))
+        if call.many:
+            self._add_many(x_TI, y_TO, active, weights)
+
+    def _prepared(
+        self, x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights
+    ) -> NativeCall:
         assert x_TI.stride(1) == 1, "the features of a token must lie side by side"
         assert y_TO.stride(1) == 1, "the features of a token must lie side by side"
         uses = weights.every if self._multiplies_many else weights.few
-        if uses is not None:
-            tokens, features = x_TI.shape
-            self._add_rows(
-                active.address, len(active.abilities), *uses.addresses,
-                x_TI.data_ptr(), x_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0), features, y_TO.shape[1], tokens,
-            )  # fmt: skip
-        for number, use in () if self._multiplies_many else weights.many:
+        many = bool(weights.many) and not self._multiplies_many
+        if uses is None:
+            return NativeCall(weights, None, 0, many)
+        sizes = (x_TI.shape[1], y_TO.shape[1], len(weights.weight_TA))
+        table = np.array([active.address, len(active.abilities), *uses.addresses, *sizes], dtype=np.int64)
+        return NativeCall(weights, table, int(table.ctypes.data), many)
+
+    def _add_many(self, x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
+        for number, use in weights.many:
             ability = active.abilities[number]
             if not len(ability.rows_N):
                 continue

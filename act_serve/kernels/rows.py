@@ -51,11 +51,33 @@ class AbilityRows:
         return torch.addmm(self.bias_N, x_PI, delta_IN, out=out)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NativeCall:
+    """What compiled code is told of a layer and a step beside its activations; the same in many steps.
+
+    Attributes:
+        weights: the step's.
+        table: ``[8]`` int64, ``struct Call`` of add_rows.cpp, or None where it has nothing to do; ``address``: where
+            it lies, 0 for None.
+        many: whether torch has products to make.
+    """
+
+    weights: TokenWeights
+    table: np.ndarray | None
+    address: int
+    many: bool
+
+
 class ActiveRows:
-    """The rows that the step's A abilities have in one layer, in the order of the weights' columns."""
+    """The rows that the step's A abilities have in one layer, in the order of the weights' columns.
+
+    Attributes:
+        call: of the last step, for :mod:`act_serve.kernels.native`.
+    """
 
     def __init__(self, abilities: Sequence[AbilityRows]) -> None:
         self.abilities = tuple(abilities)
+        self.call: NativeCall | None = None
 
     @cached_property
     def table(self) -> np.ndarray:

@@ -143,6 +143,17 @@ def test_any_shape_agrees_with_the_reference(
     compare(native(dtype), x_TI, y_TO, active, traffic("composed", tokens, len(counts)))
 
 
+@pytest.mark.parametrize("tokens", [5, MANY + 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_rows_serve_step_after_step(tokens: int, dtype: torch.dtype) -> None:
+    active = abilities_of([4, 7], 40, 30, dtype, bias=True)
+    step, next_step = traffic("composed", tokens, 2), traffic("identical", tokens + 2, 2)
+    for weights, apart in [(step, 0), (step, 3), (next_step, 0), (step, 1), (traffic("idle", tokens, 2), 0)]:
+        x_TI = torch.randn(tokens + 2, 40 + apart).to(dtype)[:, :40]
+        y_TO = torch.randn(tokens + 2, 30 + apart).to(dtype)[:, :30]
+        compare(native(dtype), x_TI, y_TO, active, weights)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_padding_is_left_alone_and_equal_rows_add_up(name: str) -> None:
     x_TI, y_TO = torch.randn(5, 6), torch.zeros(5, 7)
