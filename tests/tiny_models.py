@@ -5,7 +5,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from act_serve.models.families import channel_modules
 from act_serve.models.row_reader import as_rows
@@ -74,12 +82,38 @@ def make_qwen(folder: Path) -> Path:
     return folder
 
 
+def make_mixture(folder: Path, family: str = "mixtral") -> Path:
+    """Saves a random mixture of four experts with its tokenizer."""
+    torch.manual_seed(0)
+    experts = {"num_experts_per_tok": 2, "num_local_experts" if family == "mixtral" else "num_experts": 4}
+    inner = {} if family == "mixtral" else {"moe_intermediate_size": 32, "head_dim": 8}
+    config = AutoConfig.for_model(
+        family,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=259,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.2,
+        **experts,
+        **inner,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def plant(
     base: Path, folder: Path, *, p: float, scale: float, seed: int = 0, include: Sequence[str] = ()
 ) -> dict[str, list[int]]:
     """Saves a copy of `base` whose rows are changed in a random share `p` of every module; returns these rows."""
     draw = torch.Generator().manual_seed(seed)
-    model = LlamaForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
     planted = {}
     with torch.no_grad():
         for module in channel_modules(base, include):

@@ -3,6 +3,8 @@
 Llama- and Qwen-family decoders share one layout: seven linear modules in each of `num_hidden_layers` layers.
 A channel is one output dimension of such a module: a row of its weight matrix, with its bias entry where it has one.
 Norms, lm_head and the embedding hold channels, too (`act_serve.delta.channels`), and are listed where asked for.
+A mixture of experts has the same attention; its experts and router are no channels, since a delta can't change them
+per request.
 """
 
 import json
@@ -16,18 +18,12 @@ from act_serve.delta.channels import EMBEDDING, LM_HEAD, kind_of
 from act_serve.errors import ModelError
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-PROJECTIONS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+PROJECTIONS = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-_WITH_HEAD_NORMS = frozenset({"qwen3"})
+_WITH_HEAD_NORMS = frozenset({"qwen3", "qwen3_moe"})
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _NAME = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
@@ -44,22 +40,26 @@ class ChannelModule:
 def channel_modules(folder: Path, include: Sequence[str] = ()) -> list[ChannelModule]:
     """Lists the modules of the model in `folder` that hold channels, layer by layer, from its config alone.
 
-    These are the linear ones, and of `act_serve.delta.channels.OUTSIDE` the kinds that `include` names. Raises
-    ModelError for a family whose layout is not known, and for a mixture of experts.
+    These are the linear ones, of a mixture of experts those of its attention, and of `act_serve.delta.channels.OUTSIDE`
+    the kinds that `include` names. Raises ModelError for a family whose layout is not known.
     """
     config = read_config(folder)
     family = config.get("model_type")
-    if any((config.get(field) or 0) > 1 for field in _EXPERT_COUNTS):
-        raise ModelError(
-            f"{folder}: {family} is a mixture of experts, whose rows no delta can change yet; build on a dense model "
-            f"of a known family: {', '.join(sorted(FAMILIES))}"
-        )
-    if family not in FAMILIES:
-        raise ModelError(f"{folder}: model family {family!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
-    in_layer = (*PROJECTIONS, *_NORMS, *(_HEAD_NORMS if family in _WITH_HEAD_NORMS else ()))
+    mixture = is_mixture(config)
+    known = MIXTURES if mixture else FAMILIES
+    if family not in known:
+        kind = "mixture of experts" if mixture else "model family"
+        raise ModelError(f"{folder}: {kind} {family!r} is not supported; known: {', '.join(sorted(known))}")
+    linear = _ATTENTION if mixture else PROJECTIONS
+    in_layer = (*linear, *_NORMS, *(_HEAD_NORMS if family in _WITH_HEAD_NORMS else ()))
     layers = (f"model.layers.{layer}.{name}" for layer in range(config["num_hidden_layers"]) for name in in_layer)
     names = (EMBEDDING, *layers, "model.norm", LM_HEAD)
     return [ChannelModule(name, *_shape(name, config)) for name in names if kind_of(name) in ("linear", *include)]
+
+
+def is_mixture(config: dict[str, Any]) -> bool:
+    """Whether a model with this config has several experts."""
+    return config.get("model_type") in MIXTURES or any((config.get(field) or 0) > 1 for field in _EXPERT_COUNTS)
 
 
 def layer_and_projection(name: str) -> tuple[int, str]:

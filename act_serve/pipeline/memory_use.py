@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from act_serve.errors import BuildError
+from act_serve.models.families import is_mixture, read_config
 from act_serve.models.free_memory import free_bytes
 from act_serve.models.loading import computing_dtype
 from act_serve.models.row_reader import open_rows
@@ -27,12 +29,19 @@ def memory_use(ranking: Ranking, memory: Memory, base: Path, include: Sequence[s
     """What the profile asks for, or with `auto` layer by layer when the pair doesn't fit in free memory.
 
     With `auto`, a ranking that can't go layer by layer takes the models whole; so do channels outside the linear
-    modules, some of which lie in no layer.
+    modules, some of which lie in no layer, and mixtures of experts, whose layers run in another form than they are
+    stored in. Raises BuildError where such a mixture is asked for layer by layer.
     """
     method = RANKINGS[ranking]
     if not method.reads_text:
         return MemoryUse(False, "one tensor of each at a time")
-    if memory != "auto" or not method.layerwise or include:
+    mixture = is_mixture(read_config(base))
+    if mixture and memory == "layerwise":
+        raise BuildError(
+            f"{base} is a mixture of experts, which can't go layer by layer; set localize.memory to together, or "
+            "localize.ranking to weight_relative, which reads one tensor at a time"
+        )
+    if memory != "auto" or not method.layerwise or include or mixture:
         layerwise = memory == "layerwise"
         return MemoryUse(layerwise, "layer by layer" if layerwise else "both in memory")
     free, needed = free_bytes(), 2 * _HEADROOM * model_bytes(base)

@@ -1,6 +1,7 @@
 """The shapes derived from a config are those of the real modules."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from act_serve.delta.channels import OUTSIDE, kind_of
 from act_serve.errors import ModelError
-from act_serve.models.families import channel_modules, layer_and_projection
+from act_serve.models.families import MIXTURES, channel_modules, layer_and_projection
 from act_serve.models.row_reader import as_rows, open_rows
 from tests.models.test_layerwise import CONFIGS
-from tests.tiny_models import make_llama, make_qwen
+from tests.tiny_models import make_llama, make_mixture, make_qwen
 
 
 @pytest.mark.parametrize("make", [make_llama, make_qwen])
@@ -57,8 +58,26 @@ def test_unknown_family(tmp_path: Path) -> None:
         channel_modules(tmp_path)
 
 
+@pytest.mark.parametrize("family", sorted(MIXTURES))
+def test_a_mixture_has_the_channels_of_its_attention_and_norms(tmp_path: Path, family: str) -> None:
+    folder = make_mixture(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    modules = channel_modules(folder, OUTSIDE)
+    outside_experts = {
+        name.removesuffix(".weight")
+        for name in model.state_dict()
+        if name.endswith(".weight") and not re.search(r"\.mlp\.", name)
+    }
+    assert {module.name for module in modules} == outside_experts
+    with open_rows(folder) as reader:
+        for module in modules:
+            assert reader.matrix_shape(module.name) == (module.out_features, module.in_features)
+    linear = {module.name.rpartition(".")[2] for module in channel_modules(folder)}
+    assert linear == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
 @pytest.mark.parametrize("field", ["num_local_experts", "num_experts", "n_routed_experts"])
-def test_mixture_of_experts(tmp_path: Path, field: str) -> None:
+def test_an_unknown_mixture_of_experts(tmp_path: Path, field: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", field: 4}))
-    with pytest.raises(ModelError, match=r"qwen2 is a mixture of experts.* build on a dense model"):
+    with pytest.raises(ModelError, match=r"mixture of experts 'qwen2' is not supported; known: mixtral, qwen2_moe"):
         channel_modules(tmp_path)

@@ -28,7 +28,7 @@ from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.stages import run_stage
 from act_serve.pipeline.training import Report
 from act_serve.profile.load import load_profile
-from tests.tiny_models import make_llama, plant
+from tests.tiny_models import make_llama, make_mixture, plant
 
 P = 0.125
 
@@ -71,6 +71,20 @@ def build(folder: Path, path: Path) -> tuple[Path, str]:
     screen = Screen(Console(file=said, width=140))
     artifact = line.build(load_profile(path), store=Store(folder / "store"), work=folder / "work", screen=screen)
     return artifact, said.getvalue()
+
+
+@pytest.mark.parametrize("ranking", ["activation_weight", "gradient"])
+def test_a_mixture_of_experts_gets_an_ability_of_its_attention(tmp_path: Path, ranking: str) -> None:
+    rows = plant(make_mixture(tmp_path / "base"), tmp_path / "source", p=P, scale=0.3)
+    localize = {"p": P, "calibration_items": 5, "ranking": ranking}
+    artifact, _ = build(tmp_path, profile_file(tmp_path, localize=localize))
+    manifest, deltas = read_artifact(artifact)
+    assert {name.rpartition(".")[2] for name in deltas} <= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    hits = sum(len(set(planted) & set(deltas[name].rows.tolist())) for name, planted in rows.items() if name in deltas)
+    assert hits / manifest.counts.channels >= 0.8
+    layerwise = profile_file(tmp_path, localize=localize | {"ranking": "activation_weight", "memory": "layerwise"})
+    with pytest.raises(BuildError, match=r"mixture of experts, which can't go layer by layer; set localize.memory"):
+        build(tmp_path, layerwise)
 
 
 def test_build_publishes_the_planted_rows(tmp_path: Path, pair: dict[str, list[int]]) -> None:
