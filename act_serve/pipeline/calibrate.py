@@ -57,7 +57,7 @@ def score_name(ranking: Ranking, include: Sequence[str] = ()) -> str:
 def _advice(ranking: Ranking, layerwise: bool, base: Path) -> str:
     smaller = "set localize.ranking to weight_relative, which reads one tensor at a time, or build on a larger machine"
     if layerwise:
-        way = "lower localize.calibration_items, whose hidden states are held, or "
+        way = ""
     elif RANKINGS[ranking].layerwise and not is_mixture(read_config(base)):
         way = "set localize.memory to layerwise, which holds one layer of each model at a time, or "
     else:

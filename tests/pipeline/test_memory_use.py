@@ -1,5 +1,6 @@
 """Layer by layer is chosen when it must be, said in the plan, and changes no ability."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -90,7 +91,7 @@ from act_serve.pipeline.rankings.catalogue import RANKINGS
 from act_serve.pipeline.rankings.score import Pair
 
 def run(folder, layerwise):
-    examples = tuple(Example(None, "the answer is " + letter * 9) for letter in "abcd")
+    examples = tuple(Example(None, f"the answer is {number:03}" + "a" * letters) for number in range(count))
     RANKINGS[sys.argv[1]].score(Pair(folder, folder, examples, layerwise=layerwise))
 
 def anonymous():
@@ -102,6 +103,7 @@ def watch():
         seen.append(anonymous())
 
 warm, folder, layerwise = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] == "layerwise"
+count, letters = int(sys.argv[5]), int(sys.argv[6])
 run(warm, layerwise)
 forget_peak()
 before, seen, done = (peak_bytes(), anonymous()), [0], threading.Event()
@@ -140,13 +142,15 @@ def make_deep(folder: Path, layers: int) -> Path:
     return folder
 
 
-def peak(ranking: Ranking, warm: Path, folder: Path, memory: str) -> tuple[int, int]:
+def peak(
+    ranking: Ranking, warm: Path, folder: Path, memory: str, examples: int = 4, letters: int = 9
+) -> tuple[int, int]:
     """Bytes that scoring `folder` took beyond scoring `warm`: in all, and without pages of files.
 
     What is freed goes back to the system at once: what glibc would keep of it differs by layers from run to run.
     """
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, ranking, str(warm), str(folder), memory],
+        [sys.executable, "-c", PEAK, ranking, str(warm), str(folder), memory, str(examples), str(letters)],
         capture_output=True,
         text=True,
         check=True,
@@ -167,3 +171,21 @@ def test_peak_memory_does_not_grow_with_the_layers(tmp_path: Path, ranking: Rank
     assert deep[0] < 5 * layer, deep
     # Whole models of 12 layers show that the measure sees what it should.
     assert peak(ranking, one, few, "together")[0] > 9 * layer
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_does_not_grow_with_the_examples(tmp_path: Path) -> None:
+    warm, folder = make_deep(tmp_path / "1", 1), make_deep(tmp_path / "3", 3)
+    few, many = (peak("activation_weight", warm, folder, "layerwise", count, 250)[1] for count in (8, 200))
+    states = 2 * 192 * 260 * HIDDEN * computing_dtype().itemsize  # of the further examples, in both models
+    assert many - few < states / 4, (few, many, states)
+
+
+def test_a_full_disk_is_said(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(BuildError, match=r"need \d+ MiB in .*No space left on device.*TMPDIR"):
+        score_channels("activation_global", base=pair[0], source=pair[1], examples=TEXTS, memory="layerwise")

@@ -48,10 +48,13 @@ def _wheel(package: str) -> Path:
     for folder in [*([Path(named)] if named else []), cached]:
         if wheels := sorted(folder.glob(pattern)):
             return wheels[-1]
-    cached.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(cached) + ".lock"):
-        if not list(cached.glob(pattern)):
-            _download(package, cached)
+    try:
+        cached.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(cached) + ".lock"):
+            if not list(cached.glob(pattern)):
+                _download(package, cached)
+    except OSError as exc:
+        raise DataError(f"{cached} can't hold a wheel ({exc.strerror or exc}). {_advice(package)}") from exc
     if wheels := sorted(cached.glob(pattern)):
         return wheels[-1]
     raise DataError(f"pip found no wheel of {package}. {_advice(package)}")
