@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,10 +18,12 @@ class BatchTable:
     Attributes:
         abilities: the A abilities that some token uses; the same object as long as they stay the same.
         weights: of every token on each of them; None when no token uses any.
+        choose: is called with whether the step uses abilities, whenever that is not as in the step before.
     """
 
     abilities: tuple[AbilityKey, ...] = ()
     weights: TokenWeights | None = None
+    choose: Callable[[bool], None] | None = None
     _compositions: Mapping[int, Mapping[AbilityKey, float]] = field(default_factory=dict)
     _sampled_ids: Sequence[int] = ()
     _sampled: TokenWeights | None = None
@@ -46,7 +48,7 @@ class BatchTable:
 
     def clear(self) -> None:
         """No token of the step uses an ability."""
-        self.weights = None
+        self._set(None)
 
     def fill(
         self,
@@ -65,9 +67,14 @@ class BatchTable:
         if abilities != self.abilities:
             self.abilities = abilities
         self._compositions, self._sampled_ids, self._sampled = compositions, sampled_ids, None
-        self.weights = self._weights_of(ids_T)
+        self._set(self._weights_of(ids_T))
         if sampled_ids == ids_T:  # as in every step that only decodes: the kernels' tables are made once
             self._sampled = self.weights
+
+    def _set(self, weights: TokenWeights | None) -> None:
+        if self.choose is not None and (weights is None) != (self.weights is None):
+            self.choose(weights is not None)
+        self.weights = weights
 
     def _weights_of(self, adapter_ids: Sequence[int]) -> TokenWeights:
         ids, inverse_T = np.unique(np.asarray(adapter_ids, dtype=np.int64), return_inverse=True)

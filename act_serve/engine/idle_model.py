@@ -35,12 +35,13 @@ def compile_without_rows(model: torch.nn.Module, batch: BatchTable, compile_mode
         part.aot_compiled_fn, part.compiled, part.was_aot_compile_fn_loaded_from_disk = None, False, False
     with left_out_of_graphs():
         compile_model()
-    for part, active in zip(parts, with_rows, strict=True):
-        part.aot_compiled_fn = _by_step(batch, active, part.aot_compiled_fn)
+    without_rows = [part.aot_compiled_fn for part in parts]
 
+    # In place, between steps: called through a function that chose in every step, the code without rows decoded at 0.95
+    # of its speed (SmolLM2-135M on one core).
+    def choose(rows: bool) -> None:
+        for part, chosen in zip(parts, with_rows if rows else without_rows, strict=True):
+            part.aot_compiled_fn = chosen
 
-def _by_step(batch: BatchTable, active: Callable[..., Any], idle: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return (idle if batch.weights is None else active)(*args, **kwargs)
-
-    return run
+    choose(batch.weights is not None)
+    batch.choose = choose
