@@ -23,6 +23,16 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 EMBEDDING_SCALE = 30.0
+_SHAPE = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 259,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "initializer_range": 0.2,
+}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -46,14 +56,7 @@ def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=259,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        initializer_range=0.2,
+        **_SHAPE,
         tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config)
@@ -92,14 +95,7 @@ def make_mixture(folder: Path, family: str = "mixtral") -> Path:
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=259,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        initializer_range=0.2,
+        **_SHAPE,
         **experts,
         **inner,
     )
