@@ -49,26 +49,25 @@ class NativeRows:
 
     def __call__(self, x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
         """Products that torch makes are rounded once to the dtype before they are weighted; all else is fp32."""
+        (x_stride, x_step), (y_stride, y_step) = x_TI.stride(), y_TO.stride()
+        assert x_step == y_step == 1, "the features of a token must lie side by side"
         call = active.call
         if call is None or call.weights is not weights:
             call = active.call = self._prepared(x_TI, y_TO, active, weights)
         if call.address:
-            self._add_rows(call.address, x_TI.data_ptr(), x_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0))
-        if call.many:
+            self._add_rows(call.address, x_TI.data_ptr(), x_stride, y_TO.data_ptr(), y_stride)
+        if not self._multiplies_many:
             self._add_many(x_TI, y_TO, active, weights)
 
     def _prepared(
         self, x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights
     ) -> NativeCall:
-        assert x_TI.stride(1) == 1, "the features of a token must lie side by side"
-        assert y_TO.stride(1) == 1, "the features of a token must lie side by side"
         uses = weights.every if self._multiplies_many else weights.few
-        many = bool(weights.many) and not self._multiplies_many
         if uses is None:
-            return NativeCall(weights, None, 0, many)
+            return NativeCall(weights, None, 0)
         sizes = (x_TI.shape[1], y_TO.shape[1], len(weights.weight_TA))
         table = np.array([active.address, len(active.abilities), *uses.addresses, *sizes], dtype=np.int64)
-        return NativeCall(weights, table, int(table.ctypes.data), many)
+        return NativeCall(weights, table, int(table.ctypes.data))
 
     def _add_many(self, x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights) -> None:
         for number, use in weights.many:

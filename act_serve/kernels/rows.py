@@ -59,13 +59,11 @@ class NativeCall:
         weights: the step's.
         table: ``[8]`` int64, ``struct Call`` of add_rows.cpp, or None where it has nothing to do; ``address``: where
             it lies, 0 for None.
-        many: whether torch has products to make.
     """
 
     weights: TokenWeights
     table: np.ndarray | None
     address: int
-    many: bool
 
 
 class ActiveRows:
