@@ -8,9 +8,8 @@ from torch import Tensor
 
 from act_serve.errors import BuildError, ModelError, PairMismatchError
 from act_serve.models.examples import Example
-from act_serve.models.families import is_mixture, read_config
 from act_serve.models.free_memory import out_of_memory
-from act_serve.pipeline.memory_use import memory_use
+from act_serve.pipeline.memory_use import can_go_layerwise, memory_use
 from act_serve.pipeline.rankings.catalogue import RANKINGS
 from act_serve.pipeline.rankings.score import Pair
 from act_serve.profile.schema import Memory, Ranking
@@ -38,7 +37,8 @@ def score_channels(
     except (MemoryError, RuntimeError, ModelError) as exc:  # ModelError: a model that does not fit
         if not out_of_memory(exc):
             raise
-        raise BuildError(f"out of memory while ranking by {ranking}: {_advice(ranking, layerwise, base)}") from exc
+        possible = can_go_layerwise(ranking, base, include)
+        raise BuildError(f"out of memory while ranking by {ranking}: {_advice(layerwise, possible)}") from exc
     for name, score in scores.items():
         if not torch.isfinite(score).all():
             raise ModelError(f"{name} has NaN or infinite scores by {ranking}; {base} or {source} is damaged")
@@ -54,11 +54,11 @@ def score_name(ranking: Ranking, include: Sequence[str] = ()) -> str:
     return "-".join((RANKINGS[ranking].score.__name__, *include))
 
 
-def _advice(ranking: Ranking, layerwise: bool, base: Path) -> str:
+def _advice(layerwise: bool, possible: bool) -> str:
     smaller = "set localize.ranking to weight_relative, which reads one tensor at a time, or build on a larger machine"
     if layerwise:
         way = ""
-    elif RANKINGS[ranking].layerwise and not is_mixture(read_config(base)):
+    elif possible:
         way = "set localize.memory to layerwise, which holds one layer of each model at a time, or "
     else:
         way = "it holds models whole; "

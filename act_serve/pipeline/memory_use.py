@@ -28,26 +28,32 @@ class MemoryUse:
 def memory_use(ranking: Ranking, memory: Memory, base: Path, include: Sequence[str] = ()) -> MemoryUse:
     """What the profile asks for, or with `auto` layer by layer when the pair doesn't fit in free memory.
 
-    With `auto`, a ranking that can't go layer by layer takes the models whole; so do channels outside the linear
-    modules, some of which lie in no layer, and mixtures of experts, whose layers run in another form than they are
-    stored in. Raises BuildError where such a mixture is asked for layer by layer.
+    With `auto`, what can't go layer by layer takes the models whole. Raises BuildError where a mixture of experts is
+    asked for layer by layer.
     """
-    method = RANKINGS[ranking]
-    if not method.reads_text:
+    if not RANKINGS[ranking].reads_text:
         return MemoryUse(False, "one tensor of each at a time")
-    mixture = is_mixture(read_config(base))
-    if mixture and memory == "layerwise":
+    if memory == "layerwise" and is_mixture(read_config(base)):
         raise BuildError(
             f"{base} is a mixture of experts, which can't go layer by layer; set localize.memory to together, or "
             "localize.ranking to weight_relative, which reads one tensor at a time"
         )
-    if memory != "auto" or not method.layerwise or include or mixture:
+    if memory != "auto" or not can_go_layerwise(ranking, base, include):
         layerwise = memory == "layerwise"
         return MemoryUse(layerwise, "layer by layer" if layerwise else "both in memory")
     free, needed = free_bytes(), 2 * _HEADROOM * model_bytes(base)
     if free is None or needed <= free:
         return MemoryUse(False, "both in memory")
     return MemoryUse(True, f"layer by layer: the pair needs {_gib(needed)}, {_gib(free)} are free")
+
+
+def can_go_layerwise(ranking: Ranking, base: Path, include: Sequence[str] = ()) -> bool:
+    """Whether one layer of each model at a time is enough.
+
+    It is not for channels outside the linear modules, some of which lie in no layer, nor for mixtures of experts, whose
+    layers run in another form than they are stored in.
+    """
+    return RANKINGS[ranking].layerwise and not include and not is_mixture(read_config(base))
 
 
 def model_bytes(folder: Path) -> int:

@@ -56,6 +56,9 @@ def test_attention_rows_are_served_and_experts_refused(tmp_path: Path) -> None:
         shapes: dict[str, Any] = llm.collective_rpc("ability_modules")[0]
     check_answers(answers, lambda text: merged_model(base, store, text))
     modules = {name: ModuleShape(*shape) for name, shape in shapes.items()}
+    assert {name.rpartition(".")[2] for name in modules if kind_of(name) == "linear"} == {
+        "q_proj", "k_proj", "v_proj", "o_proj"
+    }  # fmt: skip
     assert {name for name in modules if kind_of(name) == "linear"} == {each.name for each in channel_modules(base)}
     admission = Admission(store, fingerprint_model(base), modules)
     asyncio.run(admission.pin(Composition.parse("r1+r2")))
