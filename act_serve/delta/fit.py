@@ -43,9 +43,9 @@ def check_modules(manifest: Manifest, modules: Mapping[str, ModuleShape], *, wha
         if shape is None and kind_of(name) != "linear":
             raise BaseMismatchError(
                 f"{what} changes {name}, which this engine can't change per request: it changes norms that are a plain "
-                "RMSNorm in models that are not compiled, and lm_head and embedding where there is no speculative "
-                "decoding and logits have the model's dtype, the embedding not in CUDA graphs; rebuild the ability "
-                "without it in localize.include, or start the engine otherwise (enforce_eager)"
+                "RMSNorm, and lm_head and embedding where there is no speculative decoding and logits have the model's "
+                "dtype, norms and embedding not in CUDA graphs; rebuild the ability without it in localize.include, or "
+                "start the engine otherwise (enforce_eager)"
             )
         if shape is None:
             raise BaseMismatchError(

@@ -148,16 +148,13 @@ class DeltaEmbeddingMethod(_DeltaMethod):
 
 
 def _with_scales(forward: Callable[..., Any], layer: DeltaLayer) -> Callable[..., Any]:
-    """vLLM's ``RMSNorm.forward`` with the delta layer's scales added to what it returns."""
-    name = layer.name
+    """vLLM's ``RMSNorm.forward`` with the delta layer's scales added to what it returns; compiled code has none."""
 
     def forward_with_scales(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         done = forward(x, residual)
         # With a residual, what is normalised is the sum, which comes back as the second value.
         y, normalised = (done, x) if residual is None else done
-        if torch.compiler.is_compiling():
-            _add_in_graph(normalised, y, name)
-        elif layer.batch.weights is not None:
+        if not torch.compiler.is_compiling() and layer.batch.weights is not None:
             layer.add(normalised, y)
         return done
 

@@ -27,7 +27,8 @@ from act_serve.delta.fingerprint import check_base
 from act_serve.delta.fit import ModuleShape, check_modules
 from act_serve.delta.manifest import ModelFingerprint
 from act_serve.engine.ability_key import AbilityKey
-from act_serve.engine.batch import BatchTable
+from act_serve.engine.batch import BatchTable, StepCode
+from act_serve.engine.compiled_model import CompiledModel
 from act_serve.engine.graph_limits import GraphLimits, check_count
 from act_serve.engine.graph_tables import GraphDeltaLayer, GraphTables
 from act_serve.engine.layers import DeltaLayer, attach
@@ -86,6 +87,7 @@ class AbilityManager:
     Attributes:
         modules: the checkpoint modules that deltas may change, with their whole shapes, whichever worker has them.
         batch: the step's table.
+        compiled_model: where vLLM compiles the model, which code the steps run.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class AbilityManager:
         self._graph_limits, self._graphs = graph_limits, None if graph_limits is None else GraphTables(graph_limits)
         self._max_resident_bytes = max_resident_bytes
         self.batch = BatchTable()
+        self.compiled_model: CompiledModel | None = None
         self._compositions: dict[int, _Resolved] = {}
         self._last_mapping: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._loader, self._read_buffer = _one_thread(), ReadBuffer()
@@ -160,11 +163,13 @@ class AbilityManager:
         # A drafting model may share lm_head and embedding, and calls them with tokens that are not the step's.
         drafts = vllm_config is not None and vllm_config.speculative_config is not None
         plans = plan_layers(model, vocabulary=not drafts)
-        if vllm_config is not None and vllm_config.compilation_config.mode != CompilationMode.NONE:
-            # Behind every norm of a compiled model an operator would stand that nothing is fused across: with
-            # nothing to add the model decoded at 0.81 of its speed with them (SmolLM2-135M on two cores), which
-            # every step with abilities would pay, and hardly an ability has norms.
+        mode = CompilationMode.NONE if vllm_config is None else vllm_config.compilation_config.mode
+        if mode == CompilationMode.STOCK_TORCH_COMPILE:
+            # Compiled from outside, and nothing there lets a step go uncompiled.
             plans = [plan for plan in plans if plan.kind != "norms"]
+        elif mode != CompilationMode.NONE:
+            self.compiled_model = CompiledModel(model)
+            self.batch.choose = self.compiled_model.choose
         device = next(model.parameters()).device
         dtypes = {plan.dtype for plan in plans}
         kernels = {dtype: choose_add_rows(device, dtype, cache_home() / "kernels") for dtype in dtypes}
@@ -190,9 +195,7 @@ class AbilityManager:
         Raises:
             ActServeError: an artifact is missing, damaged, does not fit, or has another content than was asked for.
         """
-        known = self._compositions.get(request.lora_int_id)
-        if known is not None and known.name != request.lora_name:
-            raise EngineError(f"adapter id {request.lora_int_id} names both {known.name} and {request.lora_name}")
+        known = self._known(request)
         resolved = known or self._resolve(request)
         loaded = self._load(resolved, in_use=self._in_use() | resolved.weights.keys())
         self._compositions[request.lora_int_id] = resolved
@@ -229,11 +232,12 @@ class AbilityManager:
         if self._loaded:  # in the shadow of a step, and not in the way of the one that waited for the ability
             self._loader.submit(self._residents.prepare_memory)
             self._loaded = False
+        unmet = [request for request in requests if self._known(request) is None]
         ids_T: tuple[int, ...] = mapping.index_mapping
         if (ids_T, mapping.prompt_mapping) == self._last_mapping:
             return
-        for request in requests:
-            if request.lora_path != _WARM_UP_PATH and request.lora_int_id not in self._compositions:
+        for request in unmet:
+            if request.lora_path != _WARM_UP_PATH:
                 self._compositions[request.lora_int_id] = self._resolve(request)
         active = {i: self._compositions[i] for i in set(ids_T) if i in self._compositions}
         unknown = set(ids_T) - active.keys() - {0}
@@ -269,6 +273,12 @@ class AbilityManager:
         if self._graphs is not None:
             self._graphs.reset()
         self._last_mapping = None
+
+    def _known(self, request: LoRARequest) -> _Resolved | None:
+        known = self._compositions.get(request.lora_int_id)
+        if known is not None and known.name != request.lora_name:
+            raise EngineError(f"adapter id {request.lora_int_id} names both {known.name} and {request.lora_name}")
+        return known
 
     def _resolve(self, request: LoRARequest) -> _Resolved:
         if self._store is None or request.lora_path != str(self._store.root):
@@ -321,4 +331,5 @@ class AbilityManager:
         for resolved in active.values():
             self._load(resolved, in_use=keys, over_budget=True)
         self._residents.touch(keys)
-        self.batch.fill(ids_T, {i: resolved.weights for i, resolved in active.items()}, sampled_ids)
+        code = StepCode.UNCOMPILED if self._residents.change_norms(keys) else StepCode.ROWS
+        self.batch.fill(ids_T, {i: resolved.weights for i, resolved in active.items()}, sampled_ids, code)

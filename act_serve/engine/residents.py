@@ -43,6 +43,7 @@ class ResidentAbilities:
         self._plans, self._layers, self._device, self._max_bytes = plans, layers, device, max_bytes
         self._other_stages = frozenset(other_stages)
         self._bytes: dict[AbilityKey, int] = {}  # least recently used first
+        self._with_norms: set[AbilityKey] = set()
         self._spare = SpareMemory(_MOST_SPARE_BYTES if device.type == "cpu" else 0)
 
     def __contains__(self, key: AbilityKey) -> bool:
@@ -102,17 +103,24 @@ class ResidentAbilities:
         for layer, rows in zip(self._layers, prepared, strict=True):
             layer.resident[key] = rows
         self._bytes[key] = size
+        if any(plan.kind == "norms" and len(rows.rows_N) for plan, rows in zip(self._plans, prepared, strict=True)):
+            self._with_norms.add(key)
 
     def touch(self, keys: Collection[AbilityKey]) -> None:
         """Notes that the coming step uses these resident abilities."""
         for key in keys:
             self._bytes[key] = self._bytes.pop(key)
 
+    def change_norms(self, keys: Collection[AbilityKey]) -> bool:
+        """Whether one of these resident abilities has rows of norms."""
+        return not self._with_norms.isdisjoint(keys)
+
     def evict(self, key: AbilityKey) -> None:
         """Takes an ability out of memory; it must be loaded again before it can be used."""
         for layer in self._layers:
             layer.forget(key)
         del self._bytes[key]
+        self._with_norms.discard(key)
 
     def _most_bytes(self, modules: Mapping[str, ModuleDelta]) -> int:
         """What an ability's rows take at most on this worker."""

@@ -19,7 +19,6 @@ from act_serve.abilities.store import open_store
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.graph_limits import GraphLimits
-from act_serve.engine.idle_model import compile_without_rows
 from act_serve.engine.manager import AbilityManager
 from act_serve.engine.plan import Part
 from act_serve.engine.settings import (
@@ -103,7 +102,8 @@ class AbilityWorker(_Worker):
         def warm_up_both() -> None:
             self.model_runner.warming_up_model = warm_up  # vLLM warms models without a KV cache up once more
             warm_up()
-            compile_without_rows(self.model_runner.get_model(), self.ability_manager.batch, warm_up_without_rows)
+            if self.ability_manager.compiled_model is not None:
+                self.ability_manager.compiled_model.compile_without_rows(warm_up_without_rows)
 
         self.model_runner.warming_up_model = warm_up_both
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ def serve_mixed(llm: Any, store: Store, texts: Sequence[str] = COMPOSITIONS, max
         [{"prompt_token_ids": prompt} for _, prompt in jobs],
         SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True),
         lora_request=[
-            adapter_request("base", pinned(store, text), texts.index(text) + 1, store) if text else None
+            adapter_request("base", pinned(store, text), 1 + crc32(text.encode()), store) if text else None
             for text, _ in jobs
         ],
         use_tqdm=False,
