@@ -21,6 +21,19 @@ class _Seat:
     closing: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class _Place(Generic[Key]):
+    """A request in the queue.
+
+    Attributes:
+        lacked: what was not resident when it came.
+        error: of a load of the same abilities that has failed since.
+    """
+
+    lacked: list[Key]
+    error: Exception | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Occupancy:
     """How one ability is used at this moment.
@@ -45,7 +58,8 @@ class Seats(Generic[Key]):
     A request whose abilities are resident starts at once, and one that idle abilities make room for as soon as they are
     loaded. Others queue in order of arrival; the first in the queue marks the least recently used abilities that it
     needs the room of as closing, so that a steady stream of requests for them cannot keep it waiting. Meanwhile nobody
-    takes what it waits for, but whatever else there is. Running requests never wait, so the queue always moves.
+    takes what it waits for, but whatever else there is. Running requests never wait, so the queue always moves. A load
+    that fails fails all that wait for the same abilities, so that these do not try it again one after the other.
 
     Args:
         max_bytes: budget of all resident abilities.
@@ -57,7 +71,7 @@ class Seats(Generic[Key]):
     evict: Callable[[Key], Awaitable[None]]
     pinned: Callable[[Iterable[Key]], Collection[Key]] = lambda _: ()
     _seats: dict[Key, _Seat] = field(default_factory=dict)  # least recently used first
-    _waiting: dict[object, list[Key]] = field(default_factory=dict)  # of each request, what it lacked when it came
+    _waiting: dict[_Place[Key], Mapping[Key, int]] = field(default_factory=dict)  # in order of arrival, with its sizes
     _first: Mapping[Key, int] = field(default_factory=dict)  # what the first of them makes room for
     _room: asyncio.Lock = field(default_factory=asyncio.Lock)  # of who makes room at once, or loads into it
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -80,7 +94,7 @@ class Seats(Generic[Key]):
 
     def occupancy(self) -> dict[Key, Occupancy]:
         """Every ability that is resident or waited for."""
-        nobody, waiting = _Seat(0), Counter(chain.from_iterable(self._waiting.values()))
+        nobody, waiting = _Seat(0), Counter(chain.from_iterable(place.lacked for place in self._waiting))
         seats = {key: self._seats.get(key, nobody) for key in {*self._seats, *waiting}}
         return {key: Occupancy(s.size, s.users, waiting[key], s.closing) for key, s in seats.items()}
 
@@ -98,12 +112,12 @@ class Seats(Generic[Key]):
             self._use(sizes)
             return
         self._check(sizes)
-        place = object()
-        self._waiting[place] = [key for key in sizes if not self.ready([key])]
+        place = _Place([key for key in sizes if not self.ready([key])])
+        self._waiting[place] = sizes
         try:
-            while not await self._without_waiting(sizes, load):
+            while not await self._without_waiting(place, load):
                 if self._is_first(place):
-                    await self._as_first(sizes, load)
+                    await self._as_first(place, load)
                     break
                 await self._change()
             self._use(sizes)
@@ -141,12 +155,13 @@ class Seats(Generic[Key]):
                 param="abilities",
             )
 
-    async def _without_waiting(self, sizes: Mapping[Key, int], load: Callable[[], Awaitable[None]]) -> bool:
+    async def _without_waiting(self, place: _Place[Key], load: Callable[[], Awaitable[None]]) -> bool:
         """Loads what is missing where idle abilities make the room for it; says whether all is resident now."""
+        sizes = self._waiting[place]
         if not self.ready(sizes) and self._idle_victims(sizes) is None:
             return False  # without the lock, as all that wait ask this after every change
         async with self._room:
-            if self.ready(sizes):
+            if self._settled(place):
                 return True
             leaving = self._idle_victims(sizes)
             if leaving is None:
@@ -167,12 +182,13 @@ class Seats(Generic[Key]):
         idle = (key for key, seat in self._seats.items() if not (seat.users or seat.closing or key in self._first))
         return self._victims(sizes, idle)
 
-    async def _as_first(self, sizes: Mapping[Key, int], load: Callable[[], Awaitable[None]]) -> None:
+    async def _as_first(self, place: _Place[Key], load: Callable[[], Awaitable[None]]) -> None:
         """Waits until those leave whose room is needed, and loads what is missing."""
+        sizes = self._waiting[place]
         leaving: list[Key] = []
         try:
             async with self._room:
-                if self.ready(sizes):
+                if self._settled(place):
                     return
                 self._check(sizes)  # something may have been pinned meanwhile
                 # Idle ones first; each in order of their last use.
@@ -184,7 +200,8 @@ class Seats(Generic[Key]):
                     await self._change()
                 await self._remove(leaving.pop(0))
             async with self._room:
-                await self._load(sizes, load)
+                if not self._settled(place):
+                    await self._load(sizes, load)
         finally:
             self._first = {}
             self._mark(leaving, closing=False)
@@ -227,11 +244,20 @@ class Seats(Generic[Key]):
         del self._seats[key]
         await self.evict(key)
 
+    def _settled(self, place: _Place[Key]) -> bool:
+        """Whether all is resident; raises where the same load has failed since the request came."""
+        if place.error is not None:
+            raise place.error
+        return self.ready(self._waiting[place])
+
     async def _load(self, sizes: Mapping[Key, int], load: Callable[[], Awaitable[None]]) -> None:
-        if self.ready(sizes):
-            return
         try:
             await load()
+        except Exception as exc:
+            for place, wanted in self._waiting.items():
+                if wanted.keys() == sizes.keys():
+                    place.error = exc
+            raise
         finally:
             self._changed.set()
         for key, size in sizes.items():

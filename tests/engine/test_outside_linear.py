@@ -79,9 +79,7 @@ def test_mixed_batch_equals_the_exported_checkpoints(
             answers += serve_in_turn(llm, store, [(["plain"], True), (["r1"], False), ([""], False), (["plain"], True)])
     check_answers(answers, lambda text: exported(base, store, text, tmp_path / f"merged {text}"))
     said = {(answer.text, *answer.prompt): tuple(answer.tokens) for answer in answers}
-    assert len(set(said.values())) == len(said) == len(COMPOSITIONS) * len(PROMPTS), (
-        "each says another thing"
-    )
+    assert len(set(said.values())) == len(said) == len(COMPOSITIONS) * len(PROMPTS), "each says another thing"
 
 
 def test_log_probabilities_base_bits_and_prompts_of_others(tmp_path: Path) -> None:

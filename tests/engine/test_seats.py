@@ -126,6 +126,24 @@ async def test_a_failed_load_fails_its_request_alone() -> None:
     await asyncio.wait_for(engine.run({"good": 10}), 1)
 
 
+async def test_a_failed_load_is_not_tried_again_by_those_that_wait_for_the_same() -> None:
+    engine, loads = Engine(10), []
+
+    async def fail() -> None:
+        loads.append("a")
+        await asyncio.sleep(0.01)
+        raise EngineError("damaged")
+
+    others = [asyncio.create_task(engine.run(sizes)) for sizes in ({"b": 2}, {"b": 2, "c": 2})]
+    found = await asyncio.gather(*(engine.seats.take({"a": 4}, fail) for _ in range(50)), return_exceptions=True)
+    assert [str(error) for error in found] == ["damaged"] * 50
+    assert loads == ["a"]
+    await asyncio.wait_for(asyncio.gather(*others), 1)
+    await asyncio.wait_for(engine.run({"a": 4}), 1)  # who comes later tries again
+    assert engine.loads[-1] == "a"
+    assert not engine.seats.waiting
+
+
 async def test_more_than_the_whole_budget_is_refused_at_once() -> None:
     engine = Engine(10)
     await engine.run({"a": 4})
