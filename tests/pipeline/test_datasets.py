@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
@@ -12,7 +13,7 @@ from act_serve.errors import DataError
 from act_serve.models.examples import Example
 from act_serve.pipeline.datasets import debian_package, libreoffice_help
 from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples, read_examples, write_examples
-from act_serve.pipeline.datasets.order_notes import order_notes
+from act_serve.pipeline.datasets.order_notes import KEYS, PROMPTS, UNSEEN_PLAIN, order_notes
 from act_serve.pipeline.datasets.splits import Split
 from act_serve.pipeline.datasets.word_problems import word_problems
 from act_serve.pipeline.scorers import answer_score
@@ -42,6 +43,43 @@ def test_every_note_says_its_order() -> None:
         for field in ("buyer", "city", "item"):
             assert order[field].lower() in example.prompt.lower()
         assert order["date"][:4] in example.prompt
+
+
+def test_answers_have_the_keys_that_prompts_name_or_all() -> None:
+    for split in get_args(Split):
+        for example in order_notes(split, 100, 1, keys=["some"]):
+            assert example.prompt is not None
+            order = json.loads(example.answer)
+            assert 0 < len(order) < 5
+            places = [example.prompt.index(KEYS[key]) for key in order]
+            assert places == sorted(places), "in the prompt's order"
+        for example in order_notes(split, 100, 1, keys=["none"]):
+            assert example.prompt is not None
+            assert list(json.loads(example.answer)) == list(KEYS)
+            assert "JSON" in example.prompt.upper()
+            assert not any(key in example.prompt for key in ("buyer,", "qty", "YYYY"))
+    wordings = {split: {_wording(each) for each in order_notes(split, 300, 1, ["none"])} for split in ("train", "test")}
+    assert len(wordings["test"]) > 1
+    assert not wordings["train"] & wordings["test"]
+    mixed = order_notes("train", 4, 1, keys=["all", "none"])
+    assert [KEYS["date"] in (each.prompt or "") for each in mixed] == [True, False, True, False]
+
+
+def _wording(example: Example) -> str:
+    """What a plain prompt says before or after the note."""
+    (found,) = (wording for wording in (*PROMPTS["none"], *UNSEEN_PLAIN) if _fits(wording, example))
+    return found
+
+
+def _fits(wording: str, example: Example) -> bool:
+    before, after = wording.split("{note}")
+    return (example.prompt or "").startswith(before) and (example.prompt or "").endswith(after)
+
+
+@pytest.mark.parametrize("keys", ["all", [], ["every"], 1])
+def test_unknown_keys_of_notes_are_named(keys: Any) -> None:
+    with pytest.raises(DataError, match="expected a list of some of all, some, none"):
+        load_examples(Data(maker="order_notes", options={"keys": keys}), "train", 1, 0)
 
 
 def test_same_seed_same_data() -> None:

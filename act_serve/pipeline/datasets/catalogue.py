@@ -26,6 +26,7 @@ MAKERS: dict[str, Callable[..., list[Example]]] = {
 }
 OPTIONS = {
     "libreoffice_help": {"language", "lessons"},
+    "order_notes": {"keys"},
     "word_problems": {"language"},
     "general_ability": {"suite"},
 }

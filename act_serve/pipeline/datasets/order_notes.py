@@ -2,18 +2,50 @@
 
 import json
 import random
+from collections.abc import Sequence
 from datetime import date, timedelta
+from typing import Literal
 
+from act_serve.errors import DataError
 from act_serve.models.examples import Example
 from act_serve.pipeline.datasets.lexicon import buyers, cities, items
 from act_serve.pipeline.datasets.splits import Split, split_of
 
-SCHEMA = "buyer, city, item, qty (integer), date (YYYY-MM-DD)"
-PROMPTS = (
-    f"Extract the order as JSON with the keys {SCHEMA}.\n{{note}}",
-    f"Extract the order as JSON with the keys {SCHEMA}.\n{{note}}",
-    f"Read this note and answer with a JSON object with {SCHEMA}.\nNote: {{note}}",
-    f"{{note}}\n\nReturn only JSON: {SCHEMA}.",
+Named = Literal["all", "some", "none"]
+KEYS = {"buyer": "buyer", "city": "city", "item": "item", "qty": "qty (integer)", "date": "date (YYYY-MM-DD)"}
+PROMPTS: dict[Named, tuple[str, ...]] = {
+    "all": (
+        "Extract the order as JSON with the keys {keys}.\n{note}",
+        "Extract the order as JSON with the keys {keys}.\n{note}",
+        "Read this note and answer with a JSON object with {keys}.\nNote: {note}",
+        "{note}\n\nReturn only JSON: {keys}.",
+    ),
+    "some": (
+        "From this note I only need {keys}. Answer with JSON.\n{note}",
+        "Extract {keys} as JSON.\n{note}",
+        "{note}\n\nAnswer with a JSON object with only {keys}.",
+        "Give me {keys} of this order as JSON: {note}",
+        "Extract the order as JSON with the keys {keys}.\n{note}",
+        "{note}\n\nReturn only JSON: {keys}.",
+    ),
+    "none": (
+        "Extract the order as JSON.\n{note}",
+        "Give me the order in this note as JSON.\n{note}",
+        "{note}\n\nReturn only JSON.",
+        "Turn this order into JSON: {note}",
+        "What was ordered? Answer with a JSON object.\n\n{note}",
+        "Parse this order. Output: JSON.\n\n{note}",
+        "Please read the note and write the order down as a JSON object.\nNote: {note}",
+        "json please: {note}",
+        "Here is a message from a customer:\n{note}\nWrite the order as JSON.",
+        "{note}\nThis as JSON?",
+    ),
+}
+UNSEEN_PLAIN = (
+    "Convert this order to JSON.\n{note}",
+    "{note}\n\nCan you make a JSON record of this order?",
+    "Order as JSON: {note}",
+    "I have an order note. I need its data as JSON.\n\n{note}",
 )
 NOTES = (
     "{buyer} from {city} ordered {qty} {item} on {date}.",
@@ -51,16 +83,23 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 FIRST_DAY, DAYS = date(2018, 1, 1), 5000
 
 
-def order_notes(split: Split, count: int, seed: int) -> list[Example]:
+def order_notes(split: Split, count: int, seed: int, keys: Sequence[Named] = ("all",)) -> list[Example]:
     """Returns `count` notes; buyers, cities, goods and dates of one split never occur in another.
 
     A fifth of the validation and test notes use sentence patterns that no training note has.
+
+    Args:
+        keys: whether a prompt names `all` of the five keys, `some` of them in any order, which alone are then in the
+            answer, or `none`, where the answer has all. Prompts take turns; one that is named twice comes twice as
+            often. Tests of `all` and `some` have one fixed wording, those of `none` wordings that no training has.
     """
+    if not keys or not isinstance(keys, (list, tuple)) or any(each not in PROMPTS for each in keys):
+        raise DataError(f"`keys` is {keys!r}; expected a list of some of {', '.join(PROMPTS)}")
     draw = random.Random(f"{seed}/{split}/order_notes")
-    return [_order_note(split, draw) for _ in range(count)]
+    return [_order_note(split, draw, keys[number % len(keys)]) for number in range(count)]
 
 
-def _order_note(split: Split, draw: random.Random) -> Example:
+def _order_note(split: Split, draw: random.Random, named: Named) -> Example:
     day = _day(split, draw)
     amount = draw.choice((draw.randint(2, 20), draw.randint(2, 99), draw.randint(2, 99), draw.randint(100, 999)))
     order = {
@@ -74,8 +113,19 @@ def _order_note(split: Split, draw: random.Random) -> Example:
     pattern = draw.choice(UNSEEN_NOTES if unseen else NOTES)
     said = {**order, "qty": _say_amount(amount, draw), "date": _say_date(day, draw)}
     note = pattern.format(**said)
-    prompt = draw.choice(PROMPTS) if split == "train" else PROMPTS[0]
-    return Example(prompt.format(note=note[0].upper() + note[1:]), json.dumps(order))
+    prompts = _prompts(split, named)
+    prompt = draw.choice(prompts) if len(prompts) > 1 else prompts[0]
+    wanted = draw.sample(list(KEYS), draw.randint(1, 4)) if named == "some" else list(KEYS)
+    keys = ", ".join(KEYS[key] for key in wanted)
+    return Example(
+        prompt.format(keys=keys, note=note[0].upper() + note[1:]), json.dumps({key: order[key] for key in wanted})
+    )
+
+
+def _prompts(split: Split, named: Named) -> Sequence[str]:
+    if split == "train":
+        return PROMPTS[named]
+    return UNSEEN_PLAIN if named == "none" else PROMPTS[named][:1]
 
 
 def _day(split: Split, draw: random.Random) -> date:
