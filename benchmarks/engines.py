@@ -31,8 +31,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def composition(case: str, request: int) -> str:
     """What one of the 16 requests of a case uses."""
+    case = case.removeprefix("compiled_")
     if case == "one":
         return "a0"
+    if case == "norms":
+        return case
     if case in ("four_mixed", "prefill_four", "stock_lora"):
         return f"a{request % 4}"
     if case == "compose_3_of_8":
