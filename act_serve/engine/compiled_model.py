@@ -42,7 +42,7 @@ class CompiledModel:
         Args:
             compile_model: compiles what is not compiled yet, such as by vLLM's warm-up.
         """
-        if any(getattr(part, "aot_compiled_fn", None) is None for part in self._parts):
+        if not self._parts or any(getattr(part, "aot_compiled_fn", None) is None for part in self._parts):
             return
         with_rows = [part.aot_compiled_fn for part in self._parts]
         for part in self._parts:
