@@ -71,7 +71,7 @@ FLOORS = {
     "prefill_four": 0.85,
     "compiled_idle": 0.98,
     AGAINST_LORA: 12.0,  # what a machine without a matrix unit hardly reaches; one with it has 19
-    COMPILED_AGAINST_LORA: 20.0,
+    COMPILED_AGAINST_LORA: 20.0,  # not measured without a matrix unit
 }
 SWITCHING = "switching"  # has figures of its own, no ratio
 EVERY = [*CASES, SWITCHING]

@@ -245,10 +245,12 @@ class Seats(Generic[Key]):
         await self.evict(key)
 
     def _settled(self, place: _Place[Key]) -> bool:
-        """Whether all is resident; raises where the same load has failed since the request came."""
+        """Whether all is resident; raises where it is not, and the same load has failed since the request came."""
+        if self.ready(self._waiting[place]):
+            return True
         if place.error is not None:
             raise place.error
-        return self.ready(self._waiting[place])
+        return False
 
     async def _load(self, sizes: Mapping[Key, int], load: Callable[[], Awaitable[None]]) -> None:
         try:
