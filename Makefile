@@ -39,6 +39,7 @@ abilities: .venv/installed ## rebuild the shipped abilities from their profiles
 	$(BIN)/act-serve build-delta profiles/abilities/extract-2.yaml
 	$(BIN)/act-serve build-delta profiles/abilities/fr-2.yaml
 	$(BIN)/act-serve build-delta profiles/abilities/reason-4.yaml
+	$(BIN)/act-serve build-delta $(addprefix profiles/abilities/,extract-3.yaml de-2.yaml reason-5.yaml)
 
 bench: .venv/installed ## throughput of the engine, as ratios to the base model
 	$(BIN)/python -m benchmarks.engine_throughput $(ARGS)

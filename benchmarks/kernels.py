@@ -19,15 +19,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from act_serve.delta.composition import Composition
 from act_serve.home import cache_home
 from act_serve.kernels.native import NativeRows, compile_native
 from act_serve.kernels.rows import AbilityRows, ActiveRows, TokenWeights
 from act_serve.kernels.torch_impl import add_rows_torch
 from act_serve.models.loading import computing_dtype
+from benchmarks.engines import REQUESTS, composition
 
 LAYERS = {"qkv": (576, 960), "o": (576, 576), "gate_up": (576, 3072), "down": (1536, 576)}  # I, O
 CALLS, ROUNDS = 20, 40
-BLOCKS, REQUESTS, STEPS = 30, 16, 12
+BLOCKS, STEPS = 30, 12
 Kernel = Callable[[torch.Tensor, torch.Tensor, ActiveRows, TokenWeights], None]
 
 
@@ -50,17 +52,15 @@ def random_rows(abilities: int, in_features: int, out_features: int, dtype: torc
     return ActiveRows([AbilityRows(each, torch.randn(count, in_features).to(dtype)) for each in rows])
 
 
-def step_weights() -> dict[str, TokenWeights]:
-    """The weights of a step's tokens, by the engine's case."""
-    request = np.arange(REQUESTS)
-    three = np.zeros((REQUESTS, 8), dtype=np.float32)
-    for offset in (0, 3, 5):
-        three[request, (request + offset) % 8] = 0.3 * (offset + 1)
-    return {
-        "one": TokenWeights(np.ones((REQUESTS, 1), dtype=np.float32)),
-        "four_mixed": TokenWeights(np.eye(4, dtype=np.float32)[request % 4]),
-        "compose_3_of_8": TokenWeights(three),
-    }
+def step_weights(case: str) -> TokenWeights:
+    """The weights of a step's tokens, one per request, in one of the engine's cases."""
+    requests = [Composition.parse(composition(case, request)).abilities for request in range(REQUESTS)]
+    names = sorted({ability.name for abilities in requests for ability in abilities})
+    weight_TA = np.zeros((REQUESTS, len(names)), dtype=np.float32)
+    for token, abilities in enumerate(requests):
+        for ability in abilities:
+            weight_TA[token, names.index(ability.name)] = ability.weight
+    return TokenWeights(weight_TA)
 
 
 def step_ms(kernels: dict[str, Kernel], weights: TokenWeights, dtype: torch.dtype) -> dict[str, float]:
@@ -119,8 +119,8 @@ def main() -> None:
                     f"{by_torch / by_native:5.1f} times"
                 )
     steps = {}
-    for case, weights in step_weights().items():
-        found = steps[case] = step_ms({"torch": add_rows_torch, "native": native}, weights, dtype)
+    for case in ("one", "four_mixed", "compose_3_of_8"):
+        found = steps[case] = step_ms({"torch": add_rows_torch, "native": native}, step_weights(case), dtype)
         print(f"all layers of a step, {case:16} torch {found['torch']:6.1f} ms   native {found['native']:6.1f} ms")
     if options.json:
         options.json.write_text(json.dumps({"cases": cases, "steps_ms": steps}, indent=2) + "\n")

@@ -6,7 +6,7 @@ layer's weights. So the model is compiled a second time without them, into the c
 step takes the one it needs. Weights are those of the one model; what this costs is a second compilation at the start.
 
 Norms have no operator: the compiler fuses them with what stands before and behind them, and every step with abilities
-would pay for what hardly an ability has. A step with such rows runs the model as eager mode does.
+would pay for what hardly an ability has. A step with such rows runs the model uncompiled.
 """
 
 from __future__ import annotations
@@ -55,5 +55,6 @@ class CompiledModel:
         """Has the coming steps run ``code``."""
         for part in self._parts:
             part.do_not_compile = code is StepCode.UNCOMPILED
-        for part, compiled in zip(self._parts, self._codes.get(code, ()), strict=False):
-            part.aot_compiled_fn = compiled
+        if code in self._codes:
+            for part, compiled in zip(self._parts, self._codes[code], strict=True):
+                part.aot_compiled_fn = compiled

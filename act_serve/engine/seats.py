@@ -158,7 +158,7 @@ class Seats(Generic[Key]):
     async def _without_waiting(self, place: _Place[Key], load: Callable[[], Awaitable[None]]) -> bool:
         """Loads what is missing where idle abilities make the room for it; says whether all is resident now."""
         sizes = self._waiting[place]
-        if not self.ready(sizes) and self._idle_victims(sizes) is None:
+        if not self._settled(place) and self._idle_victims(sizes) is None:
             return False  # without the lock, as all that wait ask this after every change
         async with self._room:
             if self._settled(place):
