@@ -36,7 +36,7 @@ def serve_mixed(llm: Any, store: Store, texts: Sequence[str] = COMPOSITIONS, max
         [{"prompt_token_ids": prompt} for _, prompt in jobs],
         SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True),
         lora_request=[
-            adapter_request("base", pinned(store, text), 1 + crc32(text.encode()), store) if text else None
+            adapter_request("base", pinned(store, text), _adapter_id(text), store) if text else None
             for text, _ in jobs
         ],
         use_tqdm=False,
@@ -45,6 +45,11 @@ def serve_mixed(llm: Any, store: Store, texts: Sequence[str] = COMPOSITIONS, max
         Answer(text, prompt, list(output.outputs[0].token_ids))
         for (text, prompt), output in zip(jobs, outputs, strict=True)
     ]
+
+
+def _adapter_id(text: str) -> int:
+    """One id for one composition, over several batches of one engine; vLLM's V2 model runner keeps ids in int32."""
+    return 1 + (crc32(text.encode()) >> 2)
 
 
 def check_answers(answers: Sequence[Answer], model_of: Callable[[str], PreTrainedModel], slack: float = 0.0) -> None:
