@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 class GraphLimits:
     """What the tables that graphs read have room for.
 
-    Only the number of abilities per request can be exceeded, and a request that does is refused before it runs: vLLM
-    chooses the graph of a step in ways that no worker is asked about, so a step cannot leave its graph.
+    Only the number of abilities per request can be exceeded, and a request that does is refused before it runs.
 
     Attributes:
         tokens: of the largest graph; longer steps run in none.

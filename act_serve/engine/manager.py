@@ -22,6 +22,7 @@ from vllm.lora.request import LoRARequest
 
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import ReadBuffer, read_artifact
+from act_serve.delta.channels import Kind
 from act_serve.delta.composition import Composition
 from act_serve.delta.fingerprint import check_base
 from act_serve.delta.fit import ModuleShape, check_modules
@@ -33,11 +34,10 @@ from act_serve.engine.graph_limits import GraphLimits, check_count
 from act_serve.engine.graph_tables import GraphDeltaLayer, GraphTables
 from act_serve.engine.layers import DeltaLayer, attach
 from act_serve.engine.plan import Part, plan_layers, whole_modules
-from act_serve.engine.residents import ResidentAbilities
+from act_serve.engine.residents import PreparedAbility, ResidentAbilities
 from act_serve.errors import ArtifactDamagedError, EngineError
 from act_serve.home import cache_home
 from act_serve.kernels.dispatch import choose_add_rows
-from act_serve.kernels.rows import AbilityRows
 
 logger = init_logger("vllm.act_serve")
 
@@ -45,6 +45,8 @@ logger = init_logger("vllm.act_serve")
 _CPU_PATIENCE_S = 0.04
 # vLLM's warm-up sends requests with this path (vllm/v1/worker/lora_model_runner_mixin.py).
 _WARM_UP_PATH = "/not/a/real/path"
+# Channels that no CUDA graph changes, and those that no compiled code does.
+_OUTSIDE_GRAPHS, _UNCOMPILED = frozenset[Kind]({"norms", "embedding"}), frozenset[Kind]({"norms"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class AbilityManager:
         self._compositions: dict[int, _Resolved] = {}
         self._last_mapping: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._loader, self._read_buffer = _one_thread(), ReadBuffer()
-        self._loading: dict[AbilityKey, Future[list[AbilityRows]]] = {}
+        self._loading: dict[AbilityKey, Future[PreparedAbility]] = {}
         self._patience_s, self._loaded = 0.0, False
         self.modules: dict[str, ModuleShape] = {}
         self._residents: ResidentAbilities
@@ -136,10 +138,10 @@ class AbilityManager:
             return False
         ready, self._loading = self._loading, {}
         prepared = {key: future.result() for key, future in ready.items()}
-        for key, rows in prepared.items():
+        for key, ability in prepared.items():
             # Who asks keeps the budget and says what leaves (engine/seats.py); no step has used these yet, so that
             # they would look idle here.
-            self._residents.install(key, rows, in_use=list(self._residents), over_budget=True)
+            self._residents.install(key, ability, in_use=list(self._residents), over_budget=True)
         self._loaded = self._loaded or bool(prepared)
         return True
 
@@ -175,8 +177,6 @@ class AbilityManager:
         kernels = {dtype: choose_add_rows(device, dtype, cache_home() / "kernels") for dtype in dtypes}
         make_linear: Callable[..., Any] = DeltaLayer
         if self._graphs is not None:
-            # Norms and the embedding lie in the graphs, too, and have no form that reads tables; lm_head does not.
-            plans = [plan for plan in plans if plan.kind in ("linear", "lm_head")]
             make_linear = partial(GraphDeltaLayer, tables=self._graphs)
         layers: list[Any] = [attach(plan, self.batch, kernels[plan.dtype], make_linear) for plan in plans]
         parts = [part for plan in plans for part in plan.parts]
@@ -201,6 +201,17 @@ class AbilityManager:
         self._compositions[request.lora_int_id] = resolved
         self._last_mapping = None
         return loaded or known is None
+
+    def leave_graphs(self, requests: Iterable[LoRARequest]) -> bool:
+        """Whether a step with these compositions must run outside CUDA graphs; makes them resident.
+
+        Raises:
+            ActServeError: as :meth:`add_adapter`.
+        """
+        requests = list(requests)
+        self._meet(request for request in requests if self._known(request) is None)
+        keys = self._load_all(self._compositions[request.lora_int_id] for request in requests)
+        return self._residents.change(_OUTSIDE_GRAPHS, keys)
 
     def remove_adapter(self, adapter_id: int) -> bool:
         """Forgets a composition; its abilities stay until their memory is needed."""
@@ -236,9 +247,7 @@ class AbilityManager:
         ids_T: tuple[int, ...] = mapping.index_mapping
         if (ids_T, mapping.prompt_mapping) == self._last_mapping:
             return
-        for request in unmet:
-            if request.lora_path != _WARM_UP_PATH:
-                self._compositions[request.lora_int_id] = self._resolve(request)
+        self._meet(request for request in unmet if request.lora_path != _WARM_UP_PATH)
         active = {i: self._compositions[i] for i in set(ids_T) if i in self._compositions}
         unknown = set(ids_T) - active.keys() - {0}
         if unknown and not all(r.lora_path == _WARM_UP_PATH for r in requests):
@@ -300,6 +309,18 @@ class AbilityManager:
         """Whatever a known composition needs stays: a step must never have to read a file."""
         return {key for known in self._compositions.values() for key in known.weights}
 
+    def _meet(self, requests: Iterable[LoRARequest]) -> None:
+        for request in requests:
+            self._compositions[request.lora_int_id] = self._resolve(request)
+
+    def _load_all(self, compositions: Iterable[_Resolved]) -> set[AbilityKey]:
+        """Makes resident what a step needs, and says what that is."""
+        compositions = list(compositions)
+        keys = {key for resolved in compositions for key in resolved.weights}
+        for resolved in compositions:
+            self._load(resolved, in_use=keys, over_budget=True)
+        return keys
+
     def _load(self, resolved: _Resolved, in_use: set[AbilityKey], over_budget: bool = False) -> bool:
         missing = [key for key in resolved.weights if key not in self._residents]
         for key in missing:
@@ -307,7 +328,7 @@ class AbilityManager:
             self._residents.install(key, started.result(), in_use, over_budget)
         return bool(missing)
 
-    def _prepare(self, key: AbilityKey) -> list[AbilityRows]:
+    def _prepare(self, key: AbilityKey) -> PreparedAbility:
         """In the loader's thread only: what is read lies in its buffer until the rows are where they belong."""
         return self._residents.prepare(key, self._read(key))
 
@@ -327,9 +348,7 @@ class AbilityManager:
         if not active:
             self.batch.clear()
             return
-        keys = {key for resolved in active.values() for key in resolved.weights}
-        for resolved in active.values():
-            self._load(resolved, in_use=keys, over_budget=True)
+        keys = self._load_all(active.values())
         self._residents.touch(keys)
-        code = StepCode.UNCOMPILED if self._residents.change_norms(keys) else StepCode.ROWS
+        code = StepCode.UNCOMPILED if self._residents.change(_UNCOMPILED, keys) else StepCode.ROWS
         self.batch.fill(ids_T, {i: resolved.weights for i, resolved in active.items()}, sampled_ids, code)

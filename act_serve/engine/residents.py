@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from act_serve.delta.artifact import ModuleDelta
+from act_serve.delta.channels import Kind, kind_of
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.layers import DeltaLayer
 from act_serve.engine.plan import LayerPlan
@@ -17,6 +19,19 @@ from act_serve.kernels.rows import AbilityRows
 
 # A larger ability takes longer than a step, whether its memory is ready or not.
 _MOST_SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedAbility:
+    """An ability that can become resident.
+
+    Attributes:
+        rows: in every layer, as the kernels take them.
+        kinds: of the channels that it changes, on any worker: all must agree on how a step runs.
+    """
+
+    rows: list[AbilityRows]
+    kinds: frozenset[Kind]
 
 
 class ResidentAbilities:
@@ -43,7 +58,7 @@ class ResidentAbilities:
         self._plans, self._layers, self._device, self._max_bytes = plans, layers, device, max_bytes
         self._other_stages = frozenset(other_stages)
         self._bytes: dict[AbilityKey, int] = {}  # least recently used first
-        self._with_norms: set[AbilityKey] = set()
+        self._kinds: dict[AbilityKey, frozenset[Kind]] = {}
         self._spare = SpareMemory(_MOST_SPARE_BYTES if device.type == "cpu" else 0)
 
     def __contains__(self, key: AbilityKey) -> bool:
@@ -60,8 +75,8 @@ class ResidentAbilities:
         """Bytes of the resident tensors."""
         return sum(self._bytes.values())
 
-    def prepare(self, key: AbilityKey, modules: Mapping[str, ModuleDelta]) -> list[AbilityRows]:
-        """An ability's rows in every layer, as the kernels take them.
+    def prepare(self, key: AbilityKey, modules: Mapping[str, ModuleDelta]) -> PreparedAbility:
+        """Copies an ability's rows to where the layers are.
 
         Args:
             modules: its delta by checkpoint module; each must have been checked to fit.
@@ -75,7 +90,8 @@ class ResidentAbilities:
         applied = sum(s.rows.numel() for s in segments)
         if applied != expected:
             raise EngineError(f"only {applied} of {expected} rows of ability {key} have a place in this model")
-        return [self._on_device(plan, segment) for plan, segment in zip(self._plans, segments, strict=True)]
+        rows = [self._on_device(plan, segment) for plan, segment in zip(self._plans, segments, strict=True)]
+        return PreparedAbility(rows, frozenset(kind_of(name) for name, module in modules.items() if len(module.rows)))
 
     def prepare_memory(self) -> None:
         """Makes memory ready for one more ability like the last one; in the thread that calls :meth:`prepare`."""
@@ -84,7 +100,7 @@ class ResidentAbilities:
     def install(
         self,
         key: AbilityKey,
-        prepared: Sequence[AbilityRows],
+        prepared: PreparedAbility,
         in_use: Collection[AbilityKey] = (),
         over_budget: bool = False,
     ) -> None:
@@ -98,29 +114,26 @@ class ResidentAbilities:
         Raises:
             EngineError: the budget cannot hold it beside those in use.
         """
-        size = sum(rows.nbytes for rows in prepared)
+        size = sum(rows.nbytes for rows in prepared.rows)
         self._make_room(key, size, in_use, over_budget)
-        for layer, rows in zip(self._layers, prepared, strict=True):
+        for layer, rows in zip(self._layers, prepared.rows, strict=True):
             layer.resident[key] = rows
-        self._bytes[key] = size
-        if any(plan.kind == "norms" and len(rows.rows_N) for plan, rows in zip(self._plans, prepared, strict=True)):
-            self._with_norms.add(key)
+        self._bytes[key], self._kinds[key] = size, prepared.kinds
 
     def touch(self, keys: Collection[AbilityKey]) -> None:
         """Notes that the coming step uses these resident abilities."""
         for key in keys:
             self._bytes[key] = self._bytes.pop(key)
 
-    def change_norms(self, keys: Collection[AbilityKey]) -> bool:
-        """Whether one of these resident abilities has rows of norms."""
-        return not self._with_norms.isdisjoint(keys)
+    def change(self, kinds: Collection[Kind], keys: Collection[AbilityKey]) -> bool:
+        """Whether one of these resident abilities changes channels of these kinds, on any worker."""
+        return any(not self._kinds[key].isdisjoint(kinds) for key in keys)
 
     def evict(self, key: AbilityKey) -> None:
         """Takes an ability out of memory; it must be loaded again before it can be used."""
         for layer in self._layers:
             layer.forget(key)
-        del self._bytes[key]
-        self._with_norms.discard(key)
+        del self._bytes[key], self._kinds[key]
 
     def _most_bytes(self, modules: Mapping[str, ModuleDelta]) -> int:
         """What an ability's rows take at most on this worker."""

@@ -20,6 +20,7 @@ from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.graph_limits import GraphLimits
 from act_serve.engine.manager import AbilityManager
+from act_serve.engine.outside_graphs import StepsOutsideGraphs
 from act_serve.engine.plan import Part
 from act_serve.engine.settings import (
     DEFAULT_ABILITIES_PER_REQUEST,
@@ -31,6 +32,7 @@ from act_serve.errors import ActServeError, EngineError
 
 if TYPE_CHECKING:
     from vllm.config import CompilationConfig, VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 elif current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -79,6 +81,7 @@ class AbilityWorker(_Worker):
             loaded = super().load_model(*args, **kwargs)
         finally:
             self.vllm_config.lora_config = lora_config
+        self.outside_graphs = StepsOutsideGraphs(self.model_runner, self.ability_manager.leave_graphs)
         if getattr(self.model_runner, "lora_manager", None) is not self.ability_manager:
             raise EngineError("this vLLM did not take the ability manager; start it with --enable-lora")
         if current_platform.is_cpu() and not self.use_v2_model_runner:
@@ -86,6 +89,13 @@ class AbilityWorker(_Worker):
                 self._make_stage_input()
             self._compile_twice()
         return loaded
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """As vLLM's; outside CUDA graphs where an ability of the step changes what they do not hold."""
+        if self.graph_limits is None:
+            return super().execute_model(scheduler_output)
+        with self.outside_graphs.during(scheduler_output):
+            return super().execute_model(scheduler_output)
 
     def _compile_twice(self) -> None:
         """Has vLLM's warm-up, which compiles the model, compile it for steps without abilities too.

@@ -41,6 +41,7 @@ from act_serve.engine.graph_limits import GraphLimits
 from act_serve.engine.graph_tables import GraphDeltaLayer
 from act_serve.engine.layers import DeltaLinearMethod
 from act_serve.engine.manager import AbilityManager
+from act_serve.engine.outside_graphs import StepsOutsideGraphs
 from act_serve.engine.resolver import adapter_request
 from act_serve.errors import EngineError, RequestError
 from act_serve.kernels.reference import add_rows_reference
@@ -71,9 +72,23 @@ class Seam(Protocol):
         ...
 
 
+def scheduler_output(step: Step, requests: Mapping[str, LoRARequest]) -> Any:
+    """A step of new requests, as vLLM's scheduler names them."""
+    names = [f"request{number}" for number in range(len(step))]
+    return SimpleNamespace(
+        finished_req_ids=set(),
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=name, lora_request=requests.get(text))
+            for name, (text, _) in zip(names, step, strict=True)
+        ],
+        num_scheduled_tokens=dict(zip(names, (tokens for _, tokens in step), strict=True)),
+    )
+
+
 class _Runner(LoRAModelRunnerMixin):
     def __init__(self, config: VllmConfig, manager: AbilityManager) -> None:
         self.config, self.lora_config, self.lora_manager = config, config.lora_config, manager  # type: ignore[assignment]
+        self.outside_graphs = StepsOutsideGraphs(self, manager.leave_graphs)
 
 
 class SeamV1(_Runner):
@@ -81,11 +96,11 @@ class SeamV1(_Runner):
 
     def __init__(self, config: VllmConfig, manager: AbilityManager) -> None:
         super().__init__(config, manager)
-        self.dispatcher = CudagraphDispatcher(config)
-        self.dispatcher.initialize_cudagraph_keys(CUDAGraphMode.FULL)
+        self.cudagraph_dispatcher = CudagraphDispatcher(config)
+        self.cudagraph_dispatcher.initialize_cudagraph_keys(CUDAGraphMode.FULL)
 
     def captures(self) -> Iterator[tuple[object, int, AbstractContextManager[None]]]:
-        for _, descriptors in self.dispatcher.get_capture_descs():
+        for _, descriptors in self.cudagraph_dispatcher.get_capture_descs():
             for of in descriptors:
                 scheduled = np.full(of.num_reqs, of.num_tokens // of.num_reqs, dtype=np.int32)
                 scheduled[-1] += of.num_tokens % of.num_reqs
@@ -104,8 +119,11 @@ class SeamV1(_Runner):
         batch: Any = SimpleNamespace(request_lora_mapping=ids, num_reqs=len(step), lora_id_to_lora_request=known)
         batch.make_lora_inputs = lambda *counts: InputBatch.make_lora_inputs(batch, *counts)
         scheduled = np.array([tokens for _, tokens in step], dtype=np.int32)
-        self.set_active_loras(batch, scheduled)
-        mode, of = self.dispatcher.dispatch(int(scheduled.sum()), has_lora=bool(known), num_active_loras=len(known))
+        with self.outside_graphs.during(scheduler_output(step, requests)):
+            self.set_active_loras(batch, scheduled)
+            mode, of = self.cudagraph_dispatcher.dispatch(
+                int(scheduled.sum()), has_lora=bool(known), num_active_loras=len(known)
+            )
         return None if mode == CUDAGraphMode.NONE else of, of.num_tokens
 
 
@@ -117,26 +135,30 @@ class SeamV2(_Runner):
         cases = get_lora_capture_cases(self.lora_config, config.compilation_config)
         cpu = torch.device("cpu")
         type(current_platform)._global_graph_pool = "there is one on GPUs"
-        self.graphs = CudaGraphManager(config, cpu, CUDAGraphMode.FULL, decode_query_len=1, lora_capture_cases=cases)
+        self.cudagraph_manager = CudaGraphManager(
+            config, cpu, CUDAGraphMode.FULL, decode_query_len=1, lora_capture_cases=cases
+        )
         self.state = LoraState(MAX_SEQS)
 
     def captures(self) -> Iterator[tuple[object, int, AbstractContextManager[None]]]:
         hook = create_lora_capture_hook(self.lora_config, self)
         with self.maybe_setup_dummy_loras(self.lora_config):
-            for of in self.graphs._capture_descs[CUDAGraphMode.FULL]:
+            for of in self.cudagraph_manager._capture_descs[CUDAGraphMode.FULL]:
                 hook(of.num_active_loras, of.num_reqs, of.num_tokens)
                 yield of, of.num_tokens, _nothing()
-        self.graphs._graphs_captured = True
+        self.cudagraph_manager._graphs_captured = True
 
     def begin(self, step: Step, requests: Mapping[str, LoRARequest]) -> tuple[object, int]:
-        names = [f"request{number}" for number in range(len(step))]
-        for number, (text, _) in enumerate(step):
-            self.state.remove_request(names[number])
-            self.state.add_request(names[number], number, requests.get(text))
+        said = scheduler_output(step, requests)
+        names = list(said.num_scheduled_tokens)
+        for number, new in enumerate(said.scheduled_new_reqs):
+            self.state.remove_request(new.req_id)
+            self.state.add_request(new.req_id, number, new.lora_request)
         scheduled = np.array([tokens for _, tokens in step], dtype=np.int32)
         active = get_num_active_loras_for_dispatch(self.lora_config, self.state, names, False)
-        of = self.graphs.dispatch(len(step), int(scheduled.sum()), None, active)
-        self._set_active_loras(*self.state.make_lora_inputs(names, np.arange(len(step)), scheduled))
+        with self.outside_graphs.during(said):
+            of = self.cudagraph_manager.dispatch(len(step), int(scheduled.sum()), None, active)
+            self._set_active_loras(*self.state.make_lora_inputs(names, np.arange(len(step)), scheduled))
         return None if of.cg_mode == CUDAGraphMode.NONE else of, of.num_tokens
 
 
@@ -237,6 +259,7 @@ def store(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = Store(tmp_path_factory.mktemp("store"))
     for number in range(ABILITIES):
         publish_random(store, tiny_llama, f"r{number}", seed=number, share=[0.05, 0.3][number % 2], scale=0.1)
+    publish_random(store, tiny_llama, "out", seed=ABILITIES, share=0.1, scale=0.1, outside=True)
     return store
 
 
@@ -288,6 +311,13 @@ def test_steps_that_graphs_with_adapters_do_not_run_leave_nothing_in_them(bench:
     assert bench.step([("r0+r1", 3)])
     bench.step(step)
     bench.check_graphs_add_nothing()
+
+
+def test_steps_that_change_norms_or_the_embedding_leave_the_graphs(bench: Bench) -> None:
+    signatures = {of: graph.signature for of, graph in bench.graphs.items()}
+    for text in ("r0", "out", "r1", "r0*0.5+out", "out", "r0"):
+        assert bench.step([(text, 2), ("r1", 1), ("", 1)]) == ("out" not in text)
+    assert {of: graph.signature for of, graph in bench.graphs.items()} == signatures
 
 
 def test_what_was_evicted_is_gone_from_the_graphs_and_comes_back_where_it_is_now(bench: Bench) -> None:

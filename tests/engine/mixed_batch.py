@@ -36,8 +36,7 @@ def serve_mixed(llm: Any, store: Store, texts: Sequence[str] = COMPOSITIONS, max
         [{"prompt_token_ids": prompt} for _, prompt in jobs],
         SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True),
         lora_request=[
-            adapter_request("base", pinned(store, text), _adapter_id(text), store) if text else None
-            for text, _ in jobs
+            adapter_request("base", pinned(store, text), _adapter_id(text), store) if text else None for text, _ in jobs
         ],
         use_tqdm=False,
     )

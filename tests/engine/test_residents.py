@@ -166,7 +166,7 @@ def test_the_stages_of_a_pipeline_share_out_the_rows() -> None:
         with pytest.raises(EngineError, match="only 2 of 4 rows"):
             alone.prepare(key, modules)
         staged = ResidentAbilities([plan], [layer], torch.device("cpu"), 1 << 20, other_stages=[there])
-        (rows,) = staged.prepare(key, modules)
+        (rows,) = staged.prepare(key, modules).rows
         assert torch.equal(rows.delta_NI, modules[here].delta)
 
 
