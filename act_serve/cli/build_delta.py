@@ -78,7 +78,7 @@ def build_delta(
     screen = Screen(Console(quiet=not is_first()))
     for profile in loaded:
         if plan:
-            show_plan(profile, screen)
+            show_plan(profile, open_store(store), screen)
         else:
             build(profile, store=open_store(store), work=builds / profile.name, screen=screen)
 

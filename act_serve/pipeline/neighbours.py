@@ -42,6 +42,11 @@ def neighbours(store: Store, base: Path, without: str) -> list[Neighbour]:
     return [_read(store, manifest) for name, manifest in _fitting(store, base).items() if name != without]
 
 
+def neighbour_labels(store: Store, base: Path, without: str) -> list[str]:
+    """The labels of :func:`neighbours`, without reading their rows."""
+    return [f"{name}@{manifest.version}" for name, manifest in _fitting(store, base).items() if name != without]
+
+
 def company(profile: Profile, store: Store, base: Path) -> tuple[Companion, ...]:
     """The compositions that `finetune.company` names.
 

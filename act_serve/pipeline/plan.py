@@ -1,6 +1,7 @@
 """Says before a build what it will do, about how long it takes and how much memory it needs."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,8 +39,11 @@ class Plan:
     peak_bytes: int
 
 
-def make_plan(profile: Profile, base: Path, sample: list[Example]) -> Plan:
-    """Plans a build after timing one forward pass of the base on a few examples."""
+def make_plan(profile: Profile, base: Path, sample: list[Example], others: Sequence[str] = ()) -> Plan:
+    """Plans a build after timing one forward pass of the base on a few examples.
+
+    `others` are the abilities of the store that it will be measured with.
+    """
     included = profile.localize.include
     use = memory_use(profile.localize.ranking, profile.localize.memory, base, included)
     seconds_per_item, whole = _forward_cost(base, sample, use.layerwise), model_bytes(base)
@@ -70,7 +74,10 @@ def make_plan(profile: Profile, base: Path, sample: list[Example]) -> Plan:
     tasks = (*profile.score, *profile.retain)
     what = ", ".join(f"{task.name} ({task.items})" for task in tasks)
     variants = 4 if profile.source.ability is None else 2
-    stages.append(PlannedStage("evaluate", what, variants * 3 * seconds_per_item * sum(task.items for task in tasks)))
+    once = 3 * seconds_per_item * sum(task.items for task in tasks)
+    stages.append(PlannedStage("evaluate", what, variants * once))
+    if others:
+        stages.append(PlannedStage("compose", f"the same beside {', '.join(others)}", len(others) * once))
     return Plan(tuple(stages), peak)
 
 

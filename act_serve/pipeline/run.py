@@ -11,7 +11,7 @@ from act_serve.pipeline.budget import settle_budget
 from act_serve.pipeline.candidate import Candidate, Origin, make_candidate
 from act_serve.pipeline.evidence import gather_evidence
 from act_serve.pipeline.job import Job
-from act_serve.pipeline.neighbours import company
+from act_serve.pipeline.neighbours import company, neighbour_labels
 from act_serve.pipeline.parent import Parent, find_parent
 from act_serve.pipeline.plan import make_plan
 from act_serve.pipeline.processes import is_first
@@ -39,7 +39,7 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
     parent = find_parent(profile.source.ability, store, base) if profile.source.ability else None
     if profile.source.model is not None:
         check_pair(job.base, resolve_model(profile.source.model), profile.localize.include)
-    _show_plan(job)
+    _show_plan(job, store)
     candidate, origin, curve = _continued(job, parent) if parent else _made(job)
     if not is_first():
         return candidate.final.folder
@@ -65,12 +65,13 @@ def _continued(job: Job, parent: Parent) -> tuple[Candidate, Parent, None]:
     return Candidate(job, rows, tuned_rows(job, rows), {}), parent, None
 
 
-def show_plan(profile: Profile, screen: Screen) -> None:
+def show_plan(profile: Profile, store: Store, screen: Screen) -> None:
     """Shows what building `profile` would do, and does none of it."""
     base = resolve_model(profile.base)
-    _show_plan(Job(settle_budget(profile, base), base, Path(), screen))
+    _show_plan(Job(settle_budget(profile, base), base, Path(), screen), store)
 
 
-def _show_plan(job: Job) -> None:
+def _show_plan(job: Job, store: Store) -> None:
     sample = job.examples("train", PLAN_EXAMPLES)
-    job.screen.show_plan(job.profile.name, make_plan(job.profile, job.base, sample))
+    others = neighbour_labels(store, job.base, job.profile.name)
+    job.screen.show_plan(job.profile.name, make_plan(job.profile, job.base, sample, others))

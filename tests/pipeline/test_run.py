@@ -173,8 +173,10 @@ def test_changed_setting_repeats_only_what_depends_on_it(tmp_path: Path, pair: d
 
 
 def test_neighbours_are_measured_together(tmp_path: Path, pair: dict[str, list[int]]) -> None:
-    build(tmp_path, profile_file(tmp_path, name="first"))
-    artifact, _ = build(tmp_path, profile_file(tmp_path))
+    _, alone = build(tmp_path, profile_file(tmp_path, name="first"))
+    artifact, said = build(tmp_path, profile_file(tmp_path))
+    assert "the same beside first@1" in said
+    assert "the same beside" not in alone
     evaluation = json.loads((artifact / "evaluation.json").read_text())
     together = evaluation["composed_with"]
     assert together.keys() == {"first@1"}
