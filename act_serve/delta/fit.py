@@ -44,8 +44,8 @@ def check_modules(manifest: Manifest, modules: Mapping[str, ModuleShape], *, wha
             raise BaseMismatchError(
                 f"{what} changes {name}, which this engine can't change per request: it changes norms that are a plain "
                 "RMSNorm, and lm_head and embedding where there is no speculative decoding and logits have the model's "
-                "dtype, norms and embedding not in CUDA graphs; rebuild the ability without it in localize.include, or "
-                "start the engine otherwise (enforce_eager)"
+                "dtype, the embedding not with prompt embeddings, lm_head not with batch-sharded sampling; rebuild the "
+                "ability without it in localize.include, or start the engine without these"
             )
         if shape is None:
             raise BaseMismatchError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
@@ -142,13 +142,8 @@ def bound_metrics(client: Any) -> None:
             stat_logger.gauge_lora_info = LatestLabels(stat_logger.gauge_lora_info)
 
 
-async def without_prompt_logprobs(receive: Receive) -> Receive:
-    """Reads a request's body, and returns what gives it once more.
-
-    Raises:
-        RequestError: it asks for log-probabilities of its prompt. vLLM computes their logits apart from the tokens'
-            and does not tell a worker whose they are, so they would lack the composition's rows of lm_head.
-    """
+async def read_body(receive: Receive) -> tuple[dict[str, Any], Receive]:
+    """Reads a request's body; returns it, empty where it is no JSON object, and what gives it once more."""
     messages: list[Message] = []
     while not messages or messages[-1].get("more_body"):
         messages.append(await receive())
@@ -156,8 +151,34 @@ async def without_prompt_logprobs(receive: Receive) -> Receive:
         body = json.loads(b"".join(message.get("body", b"") for message in messages))
     except ValueError:
         body = None
-    if not isinstance(body, dict):
-        body = {}  # vLLM says what is wrong with it
+    rest = iter(messages)
+
+    async def again() -> Message:
+        message = next(rest, None)
+        return await receive() if message is None else message
+
+    return body if isinstance(body, dict) else {}, again  # vLLM says what is wrong with it
+
+
+def refuse_background(body: Mapping[str, Any]) -> None:
+    """Refuses what is answered before it is computed: its abilities are held as long as the request runs.
+
+    Raises:
+        RequestError: the responses endpoint is to compute in the background.
+    """
+    if body.get("background"):
+        raise RequestError("background is not available with abilities; leave it out", param="background")
+
+
+def refuse_prompt_logprobs(body: Mapping[str, Any]) -> None:
+    """Refuses log-probabilities of the prompt.
+
+    vLLM computes their logits apart from the tokens' and does not tell a worker whose they are, so they would lack the
+    composition's rows of lm_head.
+
+    Raises:
+        RequestError: the request asks for them.
+    """
     fields = [part for part in (body, body.get("sampling_params")) if isinstance(part, dict)]
     prompt_logprobs = any(part.get("prompt_logprobs") is not None for part in fields)  # 0 and false ask for them, too
     if prompt_logprobs or any(part.get("echo") for part in fields):
@@ -167,13 +188,6 @@ async def without_prompt_logprobs(receive: Receive) -> Receive:
             "or choose other abilities",
             param=field,
         )
-    rest = iter(messages)
-
-    async def again() -> Message:
-        message = next(rest, None)
-        return await receive() if message is None else message
-
-    return again
 
 
 class HoldComposition:
@@ -192,8 +206,12 @@ class HoldComposition:
         if model is not None:
             try:
                 compositions = scope["app"].state.compositions
-                if await compositions.changes_lm_head(model):
-                    receive = await without_prompt_logprobs(receive)
+                changes_lm_head = await compositions.changes_lm_head(model)
+                if changes_lm_head or (scope["path"] == "/v1/responses" and not compositions.is_base(model)):
+                    body, receive = await read_body(receive)
+                    refuse_background(body)
+                    if changes_lm_head:
+                        refuse_prompt_logprobs(body)
                 async with compositions.hold(model):
                     await self._app(scope, receive, send)
             except ActServeError as exc:

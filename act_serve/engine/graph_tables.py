@@ -29,7 +29,7 @@ import torch
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.batch import BatchTable
 from act_serve.engine.graph_limits import GraphLimits
-from act_serve.engine.layers import DeltaLayer
+from act_serve.engine.layers import DeltaLayer, check_whole
 from act_serve.errors import EngineError
 from act_serve.kernels import step_table
 from act_serve.kernels.dispatch import AddRows, graph_form
@@ -37,7 +37,6 @@ from act_serve.kernels.row_table import LayerRows, ModelRows, ModelRowTable
 from act_serve.kernels.rows import TokenWeights
 from act_serve.kernels.step_table import GRAPH_BLOCK, StepTable
 
-# The weights of a step whose adapters are made up: layers launch their kernels, and no token uses anything.
 _OF_NOBODY = TokenWeights(np.zeros((0, 0), dtype=np.float32))
 
 
@@ -85,18 +84,20 @@ class GraphTables:
             layer.rows = rows
         self._layers, self._out_features = layers, out_features
 
-    def prepare(self, batch: BatchTable, *, made_up: bool = False) -> None:
+    def prepare_made_up(self, batch: BatchTable) -> None:
+        """As :meth:`prepare`, for adapters that don't exist: layers launch their kernels, no token uses anything."""
+        batch.abilities, batch.weights = (), _OF_NOBODY
+        self.clear()
+
+    def prepare(self, batch: BatchTable) -> None:
         """Brings the tables to the batch's step; call it before the forward pass, outside any graph.
 
         Args:
             batch: the step, which every layer reads, too.
-            made_up: the step is one of vLLM's warm-up, with adapters that don't exist.
 
         Raises:
             EngineError: the step has more abilities than its limits say.
         """
-        if made_up and batch.weights is None:
-            batch.weights = _OF_NOBODY
         weights = batch.weights
         if weights is None or not weights.weight_TA.size:
             self.clear()
@@ -172,6 +173,7 @@ class GraphDeltaLayer(DeltaLayer):
         if weights is None:
             return
         tokens, step = len(weights.weight_TA), self._tables.step
+        check_whole(self.name, x_TI, tokens)
         if tokens <= len(x_TI) <= step.tokens:
             self._add_rows_from(x_TI, y_TO, self.rows, step, None)
         elif x_TI.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -56,6 +56,7 @@ class DeltaLayer:
         """
         weights = self.batch.weights
         if weights is not None and self._changes():
+            check_whole(self.name, x_TI, len(weights.weight_TA))
             self._add_rows(x_TI, y_TO, self._active, weights)
 
     def _changes(self) -> bool:
@@ -73,6 +74,19 @@ class DeltaLayer:
             self._abilities, self._active, self._any_rows = (), ActiveRows(()), False
 
 
+def check_whole(layer: str, x_TI: torch.Tensor, tokens: int) -> None:
+    """Refuses an input that is a part of the step's tokens: it would get the rows of others, and kernels read past it.
+
+    Raises:
+        EngineError: the layer sees fewer tokens than the step has.
+    """
+    if len(x_TI) < tokens:
+        raise EngineError(
+            f"{layer} was called with {len(x_TI)} of the {tokens} tokens of a step, so it is not known whose they are; "
+            "turn off what splits steps (sequence parallelism, microbatches)"
+        )
+
+
 class HeadLayer(DeltaLayer):
     """The resident rows of lm_head, whose input are not the step's tokens but the positions that are sampled from.
 
@@ -84,14 +98,14 @@ class HeadLayer(DeltaLayer):
         """As :meth:`DeltaLayer.add`, at the step's first call.
 
         Raises:
-            EngineError: there are fewer positions than vLLM has announced, so that it is not known whose they are.
+            EngineError: there are not as many positions as vLLM has announced, so it is not known whose they are.
         """
         if self.batch.weights is None or not self._changes():
             return
         weights = self.batch.take_sampled()
         if weights is None:
             return
-        if len(x_TI) < len(weights.weight_TA):
+        if len(x_TI) != len(weights.weight_TA):
             raise EngineError(
                 f"vLLM computes logits of {len(x_TI)} positions and announced {len(weights.weight_TA)}, so rows of "
                 "lm_head can't be added; serve abilities without them on this version of vLLM"

@@ -33,7 +33,7 @@ from act_serve.engine.compiled_model import CompiledModel
 from act_serve.engine.graph_limits import GraphLimits, check_count
 from act_serve.engine.graph_tables import GraphDeltaLayer, GraphTables
 from act_serve.engine.layers import DeltaLayer, attach
-from act_serve.engine.plan import Part, plan_layers, whole_modules
+from act_serve.engine.plan import Part, kinds_left_out, plan_layers, whole_modules
 from act_serve.engine.residents import PreparedAbility, ResidentAbilities
 from act_serve.errors import ArtifactDamagedError, EngineError
 from act_serve.home import cache_home
@@ -43,7 +43,8 @@ logger = init_logger("vllm.act_serve")
 
 # About what an ability of 10 MB takes, and less than a step of a loaded engine.
 _CPU_PATIENCE_S = 0.04
-# vLLM's warm-up sends requests with this path (vllm/v1/worker/lora_model_runner_mixin.py).
+# Of requests that do not exist, in vLLM's warm-up and in steps of engines that have none while others do
+# (vllm/v1/worker/lora_model_runner_mixin.py); their ids may be those of real ones.
 _WARM_UP_PATH = "/not/a/real/path"
 # Channels that no CUDA graph changes, and those that no compiled code does.
 _OUTSIDE_GRAPHS, _UNCOMPILED = frozenset[Kind]({"norms", "embedding"}), frozenset[Kind]({"norms"})
@@ -87,6 +88,7 @@ class AbilityManager:
         graph_limits: where steps run inside CUDA graphs, how large such a step may be.
 
     Attributes:
+        max_resident_bytes: as given.
         modules: the checkpoint modules that deltas may change, with their whole shapes, whichever worker has them.
         batch: the step's table.
         compiled_model: where vLLM compiles the model, which code the steps run.
@@ -102,7 +104,7 @@ class AbilityManager:
     ) -> None:
         self._fingerprint, self._gather, self._store = fingerprint, gather, store
         self._graph_limits, self._graphs = graph_limits, None if graph_limits is None else GraphTables(graph_limits)
-        self._max_resident_bytes = max_resident_bytes
+        self.max_resident_bytes = max_resident_bytes
         self.batch = BatchTable()
         self.compiled_model: CompiledModel | None = None
         self._compositions: dict[int, _Resolved] = {}
@@ -131,6 +133,8 @@ class AbilityManager:
         """
         keys = list(keys)
         started = {key: self._loading.get(key) for key in keys if key not in self._residents}
+        for key in self._loading.keys() - started.keys():
+            self._loading[key].cancel()  # what has not begun keeps nobody waiting
         self._loading = {key: future or self._loader.submit(self._prepare, key) for key, future in started.items()}
         if not all(started.values()):
             wait(self._loading.values(), self._patience_s)
@@ -147,7 +151,9 @@ class AbilityManager:
 
     def evict(self, key: AbilityKey) -> None:
         """Forgets an ability and every composition with it; nothing in flight may use it."""
-        self._loading.pop(key, None)
+        begun = self._loading.pop(key, None)
+        if begun is not None:
+            begun.cancel()
         for adapter_id in [i for i, resolved in self._compositions.items() if key in resolved.weights]:
             self.remove_adapter(adapter_id)
         if key in self._residents:
@@ -162,14 +168,9 @@ class AbilityManager:
         Raises:
             EngineError: rows of a module are on no worker, or the kernel does not run inside CUDA graphs as it must.
         """
-        # A drafting model may share lm_head and embedding, and calls them with tokens that are not the step's.
-        drafts = vllm_config is not None and vllm_config.speculative_config is not None
-        plans = plan_layers(model, vocabulary=not drafts)
+        plans = plan_layers(model, () if vllm_config is None else kinds_left_out(vllm_config))
         mode = CompilationMode.NONE if vllm_config is None else vllm_config.compilation_config.mode
-        if mode == CompilationMode.STOCK_TORCH_COMPILE:
-            # Compiled from outside, and nothing there lets a step go uncompiled.
-            plans = [plan for plan in plans if plan.kind != "norms"]
-        elif mode != CompilationMode.NONE:
+        if mode not in (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE):
             self.compiled_model = CompiledModel(model)
             self.batch.choose = self.compiled_model.choose
         device = next(model.parameters()).device
@@ -185,7 +186,7 @@ class AbilityManager:
             inside = [pair for pair in zip(plans, layers, strict=True) if pair[0].kind == "linear"]
             self._graphs.serve(device, [layer for _, layer in inside], [plan.out_features for plan, _ in inside])
         other_stages = self.modules.keys() - {part.module for part in parts}
-        self._residents = ResidentAbilities(plans, layers, device, self._max_resident_bytes, other_stages)
+        self._residents = ResidentAbilities(plans, layers, device, self.max_resident_bytes, other_stages)
         self._patience_s = _CPU_PATIENCE_S if device.type == "cpu" else 0.0
         return model
 
@@ -243,18 +244,24 @@ class AbilityManager:
         if self._loaded:  # in the shadow of a step, and not in the way of the one that waited for the ability
             self._loader.submit(self._residents.prepare_memory)
             self._loaded = False
+        if any(request.lora_path == _WARM_UP_PATH for request in requests):
+            self.batch.clear()
+            if self._graphs is not None:
+                self._graphs.prepare_made_up(self.batch)
+            self._last_mapping = None
+            return
         unmet = [request for request in requests if self._known(request) is None]
         ids_T: tuple[int, ...] = mapping.index_mapping
         if (ids_T, mapping.prompt_mapping) == self._last_mapping:
             return
-        self._meet(request for request in unmet if request.lora_path != _WARM_UP_PATH)
+        self._meet(unmet)
         active = {i: self._compositions[i] for i in set(ids_T) if i in self._compositions}
         unknown = set(ids_T) - active.keys() - {0}
-        if unknown and not all(r.lora_path == _WARM_UP_PATH for r in requests):
+        if unknown:
             raise EngineError(f"tokens name adapters that were never added: {sorted(unknown)}")
         self._fill(ids_T, active, mapping.prompt_mapping)
         if self._graphs is not None:
-            self._graphs.prepare(self.batch, made_up=bool(unknown))
+            self._graphs.prepare(self.batch)
         self._last_mapping = (ids_T, mapping.prompt_mapping)
 
     @contextmanager

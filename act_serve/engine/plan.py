@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.config import CompilationMode
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -25,6 +26,9 @@ from act_serve.delta.channels import Kind, kind_of
 from act_serve.delta.fit import ModuleShape
 from act_serve.engine.row_memory import RowMemory
 from act_serve.errors import EngineError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 # Layers whose weights other code reads without a call of ``apply``: DeepSeek's latent attention, and Mamba.
 _READ_DIRECTLY = frozenset({"kv_b_proj", "conv1d"})
@@ -121,7 +125,22 @@ class LayerPlan:
         return ModuleDelta(rows, delta, bias)
 
 
-def plan_layers(model: torch.nn.Module, *, vocabulary: bool = True) -> list[LayerPlan]:
+def kinds_left_out(config: VllmConfig) -> frozenset[Kind]:
+    """The kinds of channels that no ability can change under vLLM's settings."""
+    kinds = set[Kind]()
+    if config.speculative_config is not None:
+        # A drafting model may share lm_head and embedding, and calls them with tokens that are not the step's.
+        kinds |= {"lm_head", "embedding"}
+    if config.model_config is not None and config.model_config.enable_prompt_embeds:
+        kinds.add("embedding")  # looked up for those of the step's tokens that came without
+    if config.parallel_config.enable_batch_sharded_sampling:
+        kinds.add("lm_head")  # each worker computes logits of other requests
+    if config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        kinds.add("norms")  # compiled from outside, and nothing there lets a step go uncompiled
+    return frozenset(kinds)
+
+
+def plan_layers(model: torch.nn.Module, without: Collection[Kind] = ()) -> list[LayerPlan]:
     """Every layer of a vLLM model that delta rows can be added to, of the pipeline stage that the model is.
 
     Others are left out, so that an ability with rows there is refused: experts of a mixture, which are no linear
@@ -130,7 +149,7 @@ def plan_layers(model: torch.nn.Module, *, vocabulary: bool = True) -> list[Laye
     lm_head whose logits have a dtype of their own, which vLLM multiplies by itself.
 
     Args:
-        vocabulary: whether lm_head and the embedding are the model's alone.
+        without: kinds of channels to leave out, from :func:`kinds_left_out`.
     """
     own_dtype = any(
         processor.head_dtype not in (None, head.params_dtype)
@@ -147,13 +166,14 @@ def plan_layers(model: torch.nn.Module, *, vocabulary: bool = True) -> list[Laye
             if len(modules) == len(shards):
                 plans.append(_plan(name, layer, modules, shards))
         elif type(layer) is RMSNorm and kind_of(name) == "norms":
-            if layer.has_weight and layer.variance_size_override is None:
+            # One whose weights are loaded in a way of its own is called in one, too (plamo3).
+            if layer.has_weight and layer.variance_size_override is None and not hasattr(layer.weight, "weight_loader"):
                 plans.append(_norm_plan(name, layer))
-        elif vocabulary and isinstance(layer, VocabParallelEmbedding) and not layer.num_added_embeddings:
+        elif isinstance(layer, VocabParallelEmbedding) and not layer.num_added_embeddings:
             kind = kind_of(name)
             if kind == "embedding" or (kind == "lm_head" and isinstance(layer, ParallelLMHead) and not own_dtype):
                 plans.append(_vocabulary_plan(name, layer, kind))
-    return plans
+    return [plan for plan in plans if plan.kind not in without]
 
 
 def _norm_plan(name: str, norm: RMSNorm) -> LayerPlan:

@@ -83,7 +83,7 @@ class CompositionRegistry:
         Raises:
             ActServeError: it is malformed, unknown, damaged, for another base, or could not be loaded.
         """
-        if model in self._base_names:
+        if self.is_base(model):
             yield
             return
         known = await self._admitted(model)
@@ -97,9 +97,13 @@ class CompositionRegistry:
         finally:
             self.seats.leave(known.sizes)
 
+    def is_base(self, model: str) -> bool:
+        """Whether ``model`` names the base alone."""
+        return model in self._base_names
+
     async def changes_lm_head(self, model: str) -> bool:
         """Whether ``model`` is a composition with rows of lm_head; raises as :meth:`hold` where it is not admitted."""
-        return model not in self._base_names and (await self._admitted(model)).changes_lm_head
+        return not self.is_base(model) and (await self._admitted(model)).changes_lm_head
 
     def held(self, name: str) -> list[Held]:
         """What this engine holds of the versions of an ability, or is about to."""

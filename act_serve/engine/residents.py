@@ -12,9 +12,9 @@ from act_serve.delta.channels import Kind, kind_of
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.layers import DeltaLayer
 from act_serve.engine.plan import LayerPlan
-from act_serve.engine.row_memory import SpareMemory, rounded_up
+from act_serve.engine.row_memory import RowMemory, SpareMemory, rounded_up
 from act_serve.errors import EngineError
-from act_serve.kernels.row_table import starts_of
+from act_serve.kernels.row_table import count_starts, starts_of
 from act_serve.kernels.rows import AbilityRows
 
 # A larger ability takes longer than a step, whether its memory is ready or not.
@@ -59,6 +59,8 @@ class ResidentAbilities:
         self._other_stages = frozenset(other_stages)
         self._bytes: dict[AbilityKey, int] = {}  # least recently used first
         self._kinds: dict[AbilityKey, frozenset[Kind]] = {}
+        # A stream that no step runs on, so that a load waits for none.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._spare = SpareMemory(_MOST_SPARE_BYTES if device.type == "cpu" else 0)
 
     def __contains__(self, key: AbilityKey) -> bool:
@@ -90,7 +92,13 @@ class ResidentAbilities:
         applied = sum(s.rows.numel() for s in segments)
         if applied != expected:
             raise EngineError(f"only {applied} of {expected} rows of ability {key} have a place in this model")
-        rows = [self._on_device(plan, segment) for plan, segment in zip(self._plans, segments, strict=True)]
+        rows = [
+            AbilityRows(segment.rows, segment.delta, segment.bias_delta, self._starts(plan, segment.rows, memory))
+            for plan, segment in zip(self._plans, segments, strict=True)
+        ]
+        memory.shrink(0)
+        if self._device.type != "cpu":
+            rows = self._on_device(rows, memory)
         return PreparedAbility(rows, frozenset(kind_of(name) for name, module in modules.items() if len(module.rows)))
 
     def prepare_memory(self) -> None:
@@ -131,6 +139,9 @@ class ResidentAbilities:
 
     def evict(self, key: AbilityKey) -> None:
         """Takes an ability out of memory; it must be loaded again before it can be used."""
+        if self._device.type == "cuda":
+            # A step that has been launched may still read the rows, and the next load would write in their place.
+            torch.cuda.synchronize(self._device)
         for layer in self._layers:
             layer.forget(key)
         del self._bytes[key], self._kinds[key]
@@ -142,16 +153,30 @@ class ResidentAbilities:
             count = sum(len(modules[part.module].rows) for part in plan.parts if part.module in modules)
             size = plan.dtype.itemsize
             total += rounded_up(4 * count) + rounded_up(size * count * plan.width) + rounded_up(size * count)
+            total += rounded_up(4 * count_starts(plan.out_features))
         return total
 
-    def _on_device(self, plan: LayerPlan, segment: ModuleDelta) -> AbilityRows:
-        start_J = None
-        if self._device.type == "cuda" and plan.kind in ("linear", "lm_head"):
-            # Made here and copied: a copy has ended when it returns, but a kernel that this thread launches may not
-            # have when the steps' stream reads what it writes.
-            start_J = starts_of(segment.rows, plan.out_features).to(self._device)
-        bias_N = None if segment.bias_delta is None else segment.bias_delta.to(self._device)
-        return AbilityRows(segment.rows.to(self._device), segment.delta.to(self._device), bias_N, start_J)
+    def _starts(self, plan: LayerPlan, rows: torch.Tensor, memory: RowMemory) -> torch.Tensor | None:
+        if self._device.type != "cuda" or plan.kind not in ("linear", "lm_head"):
+            return None
+        # Made here and copied: a kernel that this thread launches may not have ended when a step reads what it writes.
+        starts = starts_of(rows, plan.out_features)
+        return memory.empty(starts.shape, starts.dtype).copy_(starts)
+
+    def _on_device(self, rows: Sequence[AbilityRows], memory: RowMemory) -> list[AbilityRows]:
+        with torch.cuda.stream(self._copies):
+            copied = memory.copy_to(self._device)
+        if self._copies is not None:
+            self._copies.synchronize()
+        return [
+            AbilityRows(
+                copied(ability.rows_N),
+                copied(ability.delta_NI),
+                None if ability.bias_N is None else copied(ability.bias_N),
+                None if ability.start_J is None else copied(ability.start_J),
+            )
+            for ability in rows
+        ]
 
     def _make_room(self, key: AbilityKey, size: int, in_use: Collection[AbilityKey], over_budget: bool) -> None:
         idle = [other for other in self._bytes if other not in in_use]

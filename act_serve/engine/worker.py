@@ -90,6 +90,13 @@ class AbilityWorker(_Worker):
             self._compile_twice()
         return loaded
 
+    def determine_available_memory(self) -> int:
+        """As vLLM's; what abilities may take of a GPU's memory is left to them, unless the KV cache's size is given."""
+        available: int = super().determine_available_memory()
+        if current_platform.is_cpu() or self.cache_config.kv_cache_memory_bytes:
+            return available
+        return available - self.ability_manager.max_resident_bytes
+
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """As vLLM's; outside CUDA graphs where an ability of the step changes what they do not hold."""
         if self.graph_limits is None:
@@ -157,8 +164,10 @@ class AbilityWorker(_Worker):
 def check_whole_steps(config: VllmConfig) -> None:
     """Refuses what has a layer see a part of the step's tokens: every token is known by its number in the whole step.
 
+    Data parallelism is refused beside it, as vLLM tells only one of its engines which abilities to load.
+
     Raises:
-        EngineError: microbatches, prefill context parallelism or fast prefill are on.
+        EngineError: microbatches, prefill context parallelism, fast prefill or data parallelism are on.
     """
     if config.parallel_config.use_ubatching:
         raise EngineError("abilities do not run with microbatches; leave --enable-dbo and --ubatch-size out")
@@ -166,6 +175,11 @@ def check_whole_steps(config: VllmConfig) -> None:
         raise EngineError("abilities do not run with prefill context parallelism; set its size to 1")
     if config.cache_config.kv_sharing_fast_prefill:
         raise EngineError("abilities do not run with fast prefill; leave --kv-sharing-fast-prefill out")
+    if config.parallel_config.data_parallel_size > 1:
+        raise EngineError(
+            "abilities do not run with vLLM's data parallelism; leave --data-parallel-size out and start several "
+            "engines (engine_replicas)"
+        )
 
 
 def mark_compiled_model(config: VllmConfig, form: str = "with rows") -> dict[str, Any]:

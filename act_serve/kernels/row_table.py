@@ -179,9 +179,13 @@ def starts_of(rows_N: torch.Tensor, out_features: int) -> torch.Tensor:
 
     J is the number of ranges, so the last one counts all rows.
     """
-    ranges = -(-out_features // RANGE)
-    edges = torch.arange(ranges + 1, dtype=torch.int32, device=rows_N.device) * RANGE
+    edges = torch.arange(count_starts(out_features), dtype=torch.int32, device=rows_N.device) * RANGE
     return torch.searchsorted(rows_N, edges, out_int32=True)
+
+
+def count_starts(out_features: int) -> int:
+    """J + 1 of :func:`starts_of`."""
+    return -(-out_features // RANGE) + 1
 
 
 def table_of(active: ActiveRows, out_features: int, device: torch.device) -> RowTable:

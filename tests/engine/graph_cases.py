@@ -63,6 +63,10 @@ class Seam(Protocol):
 
     def maybe_remove_all_loras(self, lora_config: LoRAConfig | None) -> None: ...
 
+    def maybe_select_dummy_loras(
+        self, lora_config: LoRAConfig | None, num_scheduled_tokens: np.ndarray, *, num_active_loras: int
+    ) -> AbstractContextManager[None]: ...
+
     def captures(self) -> Iterator[tuple[object, int, AbstractContextManager[None]]]:
         """Every graph, its padded tokens, and the context that its capture runs in."""
         ...
@@ -318,6 +322,19 @@ def test_steps_that_change_norms_or_the_embedding_leave_the_graphs(bench: Bench)
     for text in ("r0", "out", "r1", "r0*0.5+out", "out", "r0"):
         assert bench.step([(text, 2), ("r1", 1), ("", 1)]) == ("out" not in text)
     assert {of: graph.signature for of, graph in bench.graphs.items()} == signatures
+
+
+def test_steps_of_made_up_adapters_between_others_use_nothing(bench: Bench) -> None:
+    """As an engine has that runs along with another one which has requests; their ids are those of real adapters."""
+    for text in ("r0+r1", "out", "r0"):
+        bench.step([(text, 2), ("r2", 1)])
+        before = [y_TO.clone() for y_TO in bench.model.y]
+        counts = np.array([2, 1], dtype=np.int32)
+        with bench.seam.maybe_select_dummy_loras(bench.seam.lora_config, counts, num_active_loras=2):
+            bench.model.forward(4)
+            assert not bench.manager.batch.abilities
+        assert all(torch.equal(*pair) for pair in zip(bench.model.y, before, strict=True))
+        bench.check_graphs_add_nothing()
 
 
 def test_what_was_evicted_is_gone_from_the_graphs_and_comes_back_where_it_is_now(bench: Bench) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -28,6 +29,7 @@ from act_serve.engine.manager import AbilityManager, _one_thread
 from act_serve.engine.plan import LayerPlan, Part, whole_modules
 from act_serve.engine.registry import CompositionRegistry
 from act_serve.engine.residents import ResidentAbilities
+from act_serve.engine.resolver import adapter_request
 from act_serve.engine.worker import AbilityWorker
 from act_serve.errors import ArtifactDamagedError, UnknownAbilityError
 from act_serve.kernels.reference import add_rows_reference
@@ -180,6 +182,43 @@ async def test_a_request_that_gives_up_leaves_no_memory_taken(start: Started, st
     for name in ("r1", "r2"):
         await ask(registry, store, name)
     assert engine.resident == {"r1", "r2"}
+
+
+async def test_loads_that_nobody_waits_for_any_more_are_not_begun(start: Started, store: Store) -> None:
+    engine, _ = start()
+    manager, begun, go = engine.ability_manager, list[str](), threading.Event()
+    prepare = manager._prepare
+
+    def slow(key: AbilityKey) -> Any:
+        begun.append(key.name)
+        go.wait(10)
+        return prepare(key)
+
+    manager._prepare = slow  # type: ignore[method-assign]
+    keys = [AbilityKey.of(pinned(store, name).abilities[0]) for name in ("r0", "r1", "r2")]
+    assert not manager.load(keys[:1])
+    while not begun:
+        await asyncio.sleep(0.01)
+    assert not manager.load(keys[1:2])
+    assert not manager.load(keys[2:])
+    go.set()
+    while not manager.load(keys[2:]):
+        await asyncio.sleep(0.01)
+    assert begun == ["r0", "r2"]
+    assert engine.resident == {"r2"}
+
+
+async def test_requests_that_do_not_exist_use_no_ability_though_they_have_the_ids_of_others(
+    start: Started, store: Store
+) -> None:
+    engine, registry = start()
+    await ask(registry, store, "r0")
+    real = adapter_request("smol", pinned(store, "r0"), 1, store)
+    made_up = LoRARequest("warmup_1", 1, "/not/a/real/path")
+    before = engine.step(real)
+    assert before.any()
+    assert not engine.step(made_up).any()
+    assert torch.equal(engine.step(real), before)
 
 
 async def test_pinned_abilities_are_loaded_ahead_as_far_as_there_is_room(start: Started, store: Store) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import (
     destroy_distributed_environment,
     destroy_model_parallel,
@@ -24,9 +25,10 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.utils import set_weight_attrs
 
 from act_serve.delta.fit import ModuleShape
-from act_serve.engine.plan import plan_layers
+from act_serve.engine.plan import kinds_left_out, plan_layers
 
 HIDDEN, HEAD = 64, 16
 
@@ -73,6 +75,8 @@ class Model(torch.nn.Module):
         self.model.q_norm = RMSNorm(HIDDEN, has_weight=False)
         self.model.input_layernorm = GemmaRMSNorm(HIDDEN)
         self.model.kv_a_layernorm = RMSNorm(HIDDEN)
+        self.model.post_attention_layernorm = RMSNorm(HIDDEN)
+        set_weight_attrs(self.model.post_attention_layernorm.weight, {"weight_loader": lambda *_: None})
         self.lm_head = ParallelLMHead(tokens, HIDDEN)
         self.logits_processor = LogitsProcessor(tokens)
 
@@ -88,11 +92,24 @@ def test_plain_norms_head_and_embedding_are_planned() -> None:
 
 
 def test_head_and_embedding_are_left_out_where_their_product_or_lookup_is_another_s() -> None:
-    assert [plan.name for plan in plan_layers(Model(), vocabulary=False)] == ["model.norm"]
+    assert [plan.name for plan in plan_layers(Model(), {"lm_head", "embedding"})] == ["model.norm"]
     other_dtype = Model()
     other_dtype.logits_processor.head_dtype = torch.float64
     assert "lm_head" not in {plan.name for plan in plan_layers(other_dtype)}
     assert "model.embed_tokens" not in {plan.name for plan in plan_layers(Model(added=4))}
+
+
+def test_settings_under_which_layers_see_other_tokens_than_the_step_s_leave_their_kinds_out() -> None:
+    config: Any = VllmConfig()
+    assert not kinds_left_out(config)
+    config.compilation_config.mode = CompilationMode.STOCK_TORCH_COMPILE
+    config.parallel_config.enable_batch_sharded_sampling = True
+    assert kinds_left_out(config) == {"norms", "lm_head"}
+    config.model_config = SimpleNamespace(enable_prompt_embeds=True)
+    assert kinds_left_out(config) == {"norms", "lm_head", "embedding"}
+    drafting: Any = VllmConfig()
+    drafting.speculative_config = SimpleNamespace()
+    assert kinds_left_out(drafting) == {"lm_head", "embedding"}
 
 
 def test_only_layers_that_multiply_through_their_method_are_planned() -> None:

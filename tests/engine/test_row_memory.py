@@ -25,6 +25,26 @@ def test_tensors_are_apart_and_aligned() -> None:
         assert (tensor == number).all()
 
 
+def test_a_copy_in_one_piece_has_every_tensor() -> None:
+    memory = RowMemory(10_000)
+    tensors = [
+        memory.empty((3, 5), torch.bfloat16),
+        memory.empty((0,), torch.int32),
+        memory.empty((7, 2), torch.float32),
+    ]
+    tensors.append(tensors[-1].t())
+    for tensor in tensors:
+        tensor.copy_(torch.randn(tensor.shape))
+    copied = memory.copy_to(torch.device("cpu"))
+    copies = [copied(tensor) for tensor in tensors]
+    expected = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
+        tensor.zero_()
+    for copy, tensor, what in zip(copies, tensors, expected, strict=True):
+        assert (copy.dtype, copy.stride()) == (tensor.dtype, tensor.stride())
+        assert torch.equal(copy, what)
+
+
 def test_only_what_is_filled_takes_memory_and_only_as_long_as_a_tensor_lives() -> None:
     size, count = 11_000_000, 8
     before = resident_memory()

@@ -44,7 +44,9 @@ def test_a_kernel_that_reads_the_step_on_the_host_is_refused_in_graphs() -> None
         GraphDeltaLayer("layer", BatchTable(), add_rows_torch, tables)
 
 
-@pytest.mark.parametrize("option", ["enable_dbo", "prefill_context_parallel_size", "kv_sharing_fast_prefill"])
+@pytest.mark.parametrize(
+    "option", ["enable_dbo", "prefill_context_parallel_size", "kv_sharing_fast_prefill", "data_parallel_size"]
+)
 def test_what_splits_a_steps_tokens_is_refused(option: str) -> None:
     config = VllmConfig()
     check_whole_steps(config)
@@ -91,6 +93,6 @@ def test_only_steps_with_adapters_have_layers_launch_their_kernels() -> None:
     tables.serve(torch.device("cpu"), [], [])
     tables.prepare(batch)
     assert batch.weights is None
-    tables.prepare(batch, made_up=True)
+    tables.prepare_made_up(batch)
     assert batch.weights is not None
     assert not batch.weights.weight_TA.size

@@ -1,4 +1,4 @@
-"""What asks for log-probabilities of its prompt with an ability that changes lm_head is told so, and nothing else."""
+"""What an engine must refuse with a composition by what the body asks for, and that all else reaches vLLM whole."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ from tests.abilities_for_tests import publish_random
 class Compositions:
     """Stands for the engine's registry; `head` changes lm_head."""
 
+    def is_base(self, model: str) -> bool:
+        return ":" not in model
+
     async def changes_lm_head(self, model: str) -> bool:
         return model.endswith(":head")
 
@@ -35,7 +38,7 @@ class Compositions:
         yield
 
 
-async def ask(model: str, body: bytes, *, pieces: int = 1) -> httpx.Response:
+async def ask(model: str, body: bytes, *, pieces: int = 1, path: str = "/v1/completions") -> httpx.Response:
     async def vllm(scope: Any, receive: Any, send: Any) -> None:
         await Response(await Request(scope, receive).body())(scope, receive, send)
 
@@ -50,7 +53,7 @@ async def ask(model: str, body: bytes, *, pieces: int = 1) -> httpx.Response:
 
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as http:
-        return await http.post("/v1/completions", content=streamed(), headers={MODEL_HEADER: model})
+        return await http.post(path, content=streamed(), headers={MODEL_HEADER: model})
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,17 @@ async def test_prompt_logprobs_are_refused_with_lm_head_only(field: str, asked: 
     assert "lm_head" in refused.json()["error"]["message"]
     passed = await ask("smol:other", body)
     assert (passed.status_code, passed.content) == (200, body)
+
+
+async def test_what_is_computed_after_its_answer_is_refused_with_abilities_only() -> None:
+    body = json.dumps({"input": "hello", "background": True}).encode()
+    refused = await ask("smol:other", body, pieces=2, path="/v1/responses")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "background")
+    for model, path in (("smol", "/v1/responses"), ("smol:other", "/v1/completions")):
+        passed = await ask(model, body, path=path)
+        assert (passed.status_code, passed.content) == (200, body)
+    passed = await ask("smol:other", b'{"input": "hello"}', path="/v1/responses")
+    assert passed.status_code == 200
 
 
 @pytest.mark.parametrize(
