@@ -31,15 +31,20 @@ check: .venv/installed ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-abilities: .venv/installed ## rebuild the shipped abilities from their profiles
-	$(BIN)/act-serve build-delta $(addprefix profiles/abilities/,fr.yaml es.yaml de.yaml extract.yaml reason.yaml)
-	$(BIN)/act-serve build-delta $(addprefix profiles/abilities/,es-2.yaml reason-2.yaml)
-	$(BIN)/act-serve build-delta profiles/abilities/reason-2.yaml # once more, from where that ended
-	$(BIN)/act-serve build-delta profiles/abilities/reason-3.yaml
-	$(BIN)/act-serve build-delta profiles/abilities/extract-2.yaml
-	$(BIN)/act-serve build-delta profiles/abilities/fr-2.yaml
-	$(BIN)/act-serve build-delta profiles/abilities/reason-4.yaml
-	$(BIN)/act-serve build-delta $(addprefix profiles/abilities/,extract-3.yaml de-2.yaml reason-5.yaml)
+# Profiles name versions of other abilities (extract@2, reason@5), and only in an empty store do versions count from 1.
+REBUILD ?= build/abilities
+
+abilities: .venv/installed ## rebuild the shipped abilities from their profiles, into the empty folder REBUILD
+	@test -z "$$(ls -A $(REBUILD) 2>/dev/null)" || \
+		{ echo "$(REBUILD) is not empty, so versions would not count from 1; name another folder with REBUILD=..." >&2; exit 1; }
+	$(BIN)/act-serve build-delta --store $(REBUILD) $(addprefix profiles/abilities/,fr.yaml es.yaml de.yaml extract.yaml reason.yaml)
+	$(BIN)/act-serve build-delta --store $(REBUILD) $(addprefix profiles/abilities/,es-2.yaml reason-2.yaml)
+	$(BIN)/act-serve build-delta --store $(REBUILD) profiles/abilities/reason-2.yaml # once more, from where that ended
+	$(BIN)/act-serve build-delta --store $(REBUILD) profiles/abilities/reason-3.yaml
+	$(BIN)/act-serve build-delta --store $(REBUILD) profiles/abilities/extract-2.yaml
+	$(BIN)/act-serve build-delta --store $(REBUILD) profiles/abilities/fr-2.yaml
+	$(BIN)/act-serve build-delta --store $(REBUILD) profiles/abilities/reason-4.yaml
+	$(BIN)/act-serve build-delta --store $(REBUILD) $(addprefix profiles/abilities/,extract-3.yaml de-2.yaml reason-5.yaml)
 
 bench: .venv/installed ## throughput of the engine, as ratios to the base model
 	$(BIN)/python -m benchmarks.engine_throughput $(ARGS)

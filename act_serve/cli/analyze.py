@@ -57,14 +57,14 @@ def analyze(
     from act_serve.home import cache_home
     from act_serve.pipeline.analyze.analysis import Options, refuse_impossible
     from act_serve.pipeline.analyze.analysis import analyze as run
-    from act_serve.pipeline.analyze.report import prepare_folder, write_report
+    from act_serve.pipeline.analyze.report import check_writable, write_report
     from act_serve.pipeline.analyze.subject import open_subjects
     from act_serve.pipeline.progress import Screen
 
     options = Options(at, _parts(skip or []), _rankings(ranking or []), finetune, items)
     refuse_impossible(loaded, options)
     _quieten(threads)
-    prepare_folder(out)
+    check_writable(out)
     console = Console()
     subjects = open_subjects(loaded, work or cache_home() / "builds", Screen(console))
     found = run(subjects, options)

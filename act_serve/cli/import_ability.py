@@ -49,6 +49,7 @@ def import_ability(
     from act_serve.delta.composition import check_name
     from act_serve.delta.manifest import read_manifest
     from act_serve.models.loading import resolve_model
+    from act_serve.models.pairs import left_out
     from act_serve.pipeline.import_ability import import_ability as publish
     from act_serve.pipeline.publish import published
 
@@ -73,4 +74,4 @@ def import_ability(
         f"relative error of the weight change {said.relative_error:.2g}"
     )
     if said.left_out:
-        typer.echo(f"not kept: {said.left_out} other tensors that differ (embeddings, norms)")
+        typer.echo(left_out(said.left_out))

@@ -3,11 +3,13 @@
 Shapes: B items, T tokens, N answer positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from act_serve.models.examples import Batch, Encoded, Example, collate, encode_prompt, padded_length
 
@@ -59,14 +61,20 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_toke
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids_BT = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
     mask_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    with torch.inference_mode():
-        out_BT = model.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
+    )
+    with torch.inference_mode(), _settings(model, greedy):
+        out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=greedy)
     texts = tokenizer.batch_decode(out_BT[:, length:], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+@contextmanager
+def _settings(model: Any, wanted: GenerationConfig) -> Iterator[None]:
+    """Takes the model's own settings away: transformers fills in from them whatever `wanted` leaves open."""
+    own, model.generation_config = model.generation_config, wanted
+    try:
+        yield
+    finally:
+        model.generation_config = own

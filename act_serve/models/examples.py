@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from act_serve.errors import DataError
+
+# Examples are cut here, so that a few long ones don't decide how much memory and time a batch takes.
+MAX_TOKENS = 320
 # Batches are as long as a multiple of this: oneDNN, which multiplies in bfloat16 on CPUs, compiles code for every new
 # shape, and would spend most of its time on that if all batches had lengths of their own.
 LENGTH_MULTIPLE = 16
@@ -25,6 +29,11 @@ class Example:
     prompt: str | None
     answer: str
     choices: tuple[str, ...] = ()
+
+    @property
+    def beginning(self) -> str:
+        """Its first characters, by which messages name it."""
+        return (self.prompt or self.answer)[:40]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +62,26 @@ class Batch:
         return self.ids_BT.roll(-1, dims=1)[self.predicts_BT]
 
 
-def encode(tokenizer: Any, example: Example, max_tokens: int = 320) -> Encoded:
-    """Encodes with the model's own chat template, exactly as a chat server does; plain text counts from token two."""
+def encode(tokenizer: Any, example: Example) -> Encoded:
+    """Encodes with the model's own chat template, exactly as a chat server does; plain text counts from token two.
+
+    What goes beyond `MAX_TOKENS` is cut off: with a longer prompt, no answer token is left.
+    """
     if example.prompt is None:
         ids = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
-        return Encoded(tuple(ids[:max_tokens]), 1)
+        return Encoded(tuple(ids[:MAX_TOKENS]), 1)
     prompt = encode_prompt(tokenizer, example.prompt)
     answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
-    return Encoded(tuple([*prompt, *answer, tokenizer.eos_token_id][:max_tokens]), len(prompt))
+    return Encoded(tuple([*prompt, *answer, tokenizer.eos_token_id][:MAX_TOKENS]), len(prompt))
+
+
+def encode_answered(tokenizer: Any, examples: Iterable[Example], where: str) -> list[Encoded]:
+    """Encodes examples that must each be scored or trained on.
+
+    Raises DataError, which begins with `where` they are from, for one without an answer token: its likelihood would be
+    0 / 0, and no number that stands for it would be true.
+    """
+    return [_answered(tokenizer, number, example, where) for number, example in enumerate(examples, start=1)]
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -71,6 +92,19 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _answered(tokenizer: Any, number: int, example: Example, where: str) -> Encoded:
+    item = encode(tokenizer, example)
+    if item.answer_tokens > 0:
+        return item
+    named = f"{where}: example {number} ({example.beginning!r})"
+    if example.prompt is None:
+        raise DataError(f"{named} has no second token, and the first is never predicted; give a longer text")
+    raise DataError(
+        f"{named} has a prompt of {item.answer_start} tokens, and examples are cut at {MAX_TOKENS}: nothing is left of "
+        "its answer; shorten the prompt or leave the example out"
+    )
 
 
 def padded_length(lengths: Iterable[int]) -> int:

@@ -7,7 +7,7 @@ from act_serve.delta.artifact import as_stored
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.manifest import Localization
 from act_serve.models.examples import Example
-from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples
+from act_serve.pipeline.datasets.catalogue import examples_hash, task_examples
 from act_serve.pipeline.evaluate import Question
 from act_serve.pipeline.job import Job
 from act_serve.pipeline.measure import Scores
@@ -74,7 +74,7 @@ def _best_strength(job: Job, origin: Origin) -> tuple[Job, Stage, dict[str, floa
     ]
     if len(made) == 1:
         return *made[0], {}
-    question = _validation(job.profile)
+    question = strength_question(job.profile)
     name = question.task.name
     tried = {
         f"{settled.profile.transfer.strength:g}": scored_rows(
@@ -87,8 +87,9 @@ def _best_strength(job: Job, origin: Origin) -> tuple[Job, Stage, dict[str, floa
     return *made[values.index(best)], tried
 
 
-def _validation(profile: Profile) -> Question:
+def strength_question(profile: Profile) -> Question:
+    """What several strengths are compared by, on validation data; raises DataError where there is none."""
     settings, task = profile.transfer, profile.score[0]
     if settings.by == "nll":
         task = task.model_copy(update={"metric": "nll"})
-    return Question(task, load_examples(task.data, "validation", settings.validation_items, profile.seed))
+    return Question(task, task_examples(task, task.data, "validation", settings.validation_items, profile.seed))

@@ -66,7 +66,8 @@ def score_composition(
 ) -> dict[str, Measured]:
     """Returns the result by metric of `base` with the composition's abilities added as in serving.
 
-    Raises DataError for an unknown metric or no examples, and the artifact's and store's errors.
+    Raises DataError for an unknown metric, for no examples or some that it can't score, and the artifact's and
+    store's errors.
     """
     if not examples:
         raise DataError("the task file holds no examples")
@@ -99,4 +100,4 @@ def _task(metric: str, language: str | None, max_new_tokens: int) -> Task:
     try:
         return Task.model_validate({**fields, "data": Data(test="given")})
     except ValidationError as exc:
-        raise DataError(f"metric {metric!r}: {exc.errors()[0]['msg']}") from exc
+        raise DataError(f"metric {metric!r}: {exc.errors()[0]['msg'].removeprefix('Value error, ')}") from exc

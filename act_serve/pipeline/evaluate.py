@@ -4,27 +4,35 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from act_serve.errors import DataError
 from act_serve.models.answering import answers, nll_sums
 from act_serve.models.choosing import choice_likelihoods
-from act_serve.models.examples import Example, encode
+from act_serve.models.examples import Example, encode_answered
 from act_serve.pipeline.measured import Measured
-from act_serve.pipeline.scorers import HIGHER_IS_BETTER, LIKELIHOOD_METRICS, answer_numbers, choice_numbers
+from act_serve.pipeline.scorers import (
+    HIGHER_IS_BETTER,
+    LIKELIHOOD_METRICS,
+    answer_numbers,
+    check_scorable,
+    choice_numbers,
+)
 from act_serve.profile.schema import RetainedTask, Task
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A task with its held-out examples."""
+    """A task with its held-out examples; raises DataError when its metric can't score them."""
 
     task: Task
     examples: list[Example]
+
+    def __post_init__(self) -> None:
+        check_scorable(self.task.name, self.task.metric, self.examples, self.task.language)
 
 
 def evaluate(model: Any, tokenizer: Any, questions: Iterable[Question]) -> dict[str, Measured]:
     """Returns the result of each task by its name. Tasks over the same examples share one set of answers.
 
-    Raises DataError when the examples of a task of `choice_accuracy` have no choices.
+    Raises DataError when a likelihood is asked for of an example that has no answer token.
     """
     seen: dict[tuple[Any, ...], list[str]] = {}
     return {
@@ -57,7 +65,7 @@ def _numbers(
 ) -> list[list[float]]:
     task, examples = question.task, question.examples
     if task.metric in LIKELIHOOD_METRICS:
-        items = [encode(tokenizer, example) for example in examples]
+        items = encode_answered(tokenizer, examples, task.name)
         return [list(sums) for sums in nll_sums(model, items, pad_id=tokenizer.pad_token_id or 0)]
     if task.metric == "choice_accuracy":
         return _choices(model, tokenizer, question)
@@ -69,8 +77,6 @@ def _numbers(
 
 def _choices(model: Any, tokenizer: Any, question: Question) -> list[list[float]]:
     examples = question.examples
-    if not all(example.prompt and len(example.choices) > 1 for example in examples):
-        raise DataError(f"{question.task.name}: choice_accuracy needs examples with a prompt and choices")
     likelihoods = choice_likelihoods(model, tokenizer, examples)
     return [
         choice_numbers(found, example.choices, example.answer)

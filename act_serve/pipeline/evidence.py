@@ -1,8 +1,11 @@
 """What a finished delta does, measured: itself beside base, source and transfer alone, and beside its neighbours."""
 
+import math
+from collections.abc import Mapping
+
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import as_stored
-from act_serve.errors import RetentionError
+from act_serve.errors import ModelError, RetentionError
 from act_serve.pipeline.candidate import Candidate, Origin, scored_rows
 from act_serve.pipeline.conflict import conflict
 from act_serve.pipeline.evaluate import broken
@@ -17,7 +20,10 @@ from act_serve.pipeline.stage_files import load_deltas
 
 
 def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store, curve: Curve | None) -> Evidence:
-    """Measures everything on held-out data and shows it; raises RetentionError when the ability costs too much."""
+    """Measures everything on held-out data and shows it.
+
+    Raises ModelError when a score is not finite, RetentionError when the ability costs too much.
+    """
     job, profile = candidate.job, candidate.job.profile
     questions = questions_of(profile)
     variants = {"base": scored(job, "evaluate-base", job.base, job.base_key, [], questions)}
@@ -25,9 +31,11 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
         variants["source"] = scored(job, "evaluate-source", origin.source, origin.source_key, [], questions)
         variants["transfer"] = scored_rows(job, "evaluate-transfer", candidate.transferred, questions)
     variants["delta"] = scored_rows(job, "evaluate-delta", candidate.final, questions)
-    intervals = {variant: load_intervals(job.work / f"evaluate-{variant}") for variant in variants}
+    measured = list(variants)
     if isinstance(origin, Parent):
         variants |= origin.scores(questions)
+    _refuse_not_finite(profile.name, variants)
+    intervals = {variant: load_intervals(job.work / f"evaluate-{variant}") for variant in measured}
     scores = manifest_scores(questions, variants)
     job.screen.show_scores(profile.name, scores, intervals["delta"])
     _refuse_costly(job, variants["base"], variants["delta"])
@@ -40,6 +48,7 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
         )
         for other in others
     }
+    _refuse_not_finite(profile.name, {f"delta with {label}": scores for label, scores in pairs.items()})
     details = {
         "examples": examples_of(questions),
         "scores": [score.model_dump() for score in scores],
@@ -51,6 +60,17 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
         "peak_bytes": dict(job.peak_bytes),
     }
     return Evidence(scores, details)
+
+
+def _refuse_not_finite(name: str, variants: Mapping[str, Scores]) -> None:
+    for variant, scores in variants.items():
+        for task, score in scores.items():
+            if not math.isfinite(score):
+                raise ModelError(
+                    f"{name} was not published, because the {variant} scores {score} on {task}: its weights or outputs "
+                    "are not finite. Check the model folders of base and source; where these score well, lower "
+                    "transfer.strength or finetune.learning_rate"
+                )
 
 
 def _refuse_costly(job: Job, base: Scores, delta: Scores) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from act_serve.delta.artifact import ModuleDelta
 from act_serve.errors import BuildError
-from act_serve.models.examples import Example, encode
+from act_serve.models.examples import Example, encode_answered
 from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.models.row_delta import RowDeltas
 from act_serve.pipeline.row_lesson import Course, RowLesson
@@ -43,8 +43,8 @@ def finetune(
     """Returns the deltas after `settings.steps` steps on the rows alone; biases stay as transferred.
 
     The loss is that of `RowLesson`; `source` is needed where it distils. With `checkpoints`, a folder, an interrupted
-    run goes on from its last tenth. `company` are abilities on top of which steps take turns. Raises BuildError when
-    the loss is not finite.
+    run goes on from its last tenth. `company` are abilities on top of which steps take turns. Raises DataError for an
+    example without an answer token, BuildError when the loss is not finite.
     """
     with tempfile.TemporaryDirectory() as unused:
         folder = checkpoints or Path(unused)
@@ -68,10 +68,13 @@ def finetune(
 def make_course(
     tokenizer: Any, lessons: Lessons, settings: FineTune, seed: int, *, processes: int, turns: int = 1
 ) -> Course:
-    """The batches of a run of `settings.steps` steps, for so many training processes together."""
+    """The batches of a run of `settings.steps` steps, for so many training processes together.
+
+    Raises DataError for an example without an answer token.
+    """
     return Course(
-        [encode(tokenizer, example) for example in lessons.ability],
-        [encode(tokenizer, example) for example in lessons.retained] if settings.retention else [],
+        encode_answered(tokenizer, lessons.ability, "the training data"),
+        encode_answered(tokenizer, lessons.retained, "the retained tasks' training text") if settings.retention else [],
         settings=settings,
         pad_id=tokenizer.pad_token_id or 0,
         seed=seed,

@@ -10,7 +10,7 @@ from act_serve.delta.artifact import ModuleDelta
 from act_serve.delta.manifest import Score
 from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.models.row_delta import RowDeltas
-from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples
+from act_serve.pipeline.datasets.catalogue import examples_hash, task_examples
 from act_serve.pipeline.evaluate import Question, evaluate
 from act_serve.pipeline.measured import Interval, Measured
 from act_serve.pipeline.scorers import HIGHER_IS_BETTER, revision
@@ -23,9 +23,12 @@ SCORES_FILE, ITEMS_FILE = "scores.json", "items.json"
 
 
 def questions_of(profile: Profile) -> list[Question]:
-    """The profile's scored and retained tasks with their held-out examples; raises DataError when there are none."""
+    """The profile's scored and retained tasks with their held-out examples.
+
+    Raises DataError, naming the task, when it has none or its metric can't score them.
+    """
     tasks = (*profile.score, *profile.retain)
-    return [Question(task, load_examples(task.data, "test", task.items, profile.seed)) for task in tasks]
+    return [Question(task, task_examples(task, task.data, "test", task.items, profile.seed)) for task in tasks]
 
 
 def questions_key(questions: Sequence[Question]) -> list[list[str]]:

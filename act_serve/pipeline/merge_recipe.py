@@ -1,14 +1,15 @@
 """What a user writes to merge abilities: a YAML recipe with mergekit's keys, or a composition on the command line."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from act_serve.delta.composition import Composition, WeightedAbility, check_weight
 from act_serve.errors import ProfileError, RequestError
 from act_serve.pipeline.merge_methods import METHODS
+from act_serve.profile.load import Place, explain, read_mapping
 
 # The same methods under mergekit's names.
 ALIASES = {"task_arithmetic": "sum", "dare_linear": "dare"}
@@ -89,27 +90,20 @@ def parse_recipe(composition: str, *, method: str, density: float | None = None,
         version = "" if ability.version is None else f"@{ability.version}"
         models.append({"model": ability.name + version, "parameters": {"weight": ability.weight}})
     fields = {"merge_method": method, "models": models, "parameters": {"density": density}, "seed": seed}
-    return _validated(fields, "merge")
+    return _validated(fields, "merge", {})
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Reads a recipe file; raises ProfileError with the file, the key and what is expected there."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise ProfileError(f"{path}: can't be read as YAML ({exc})") from exc
-    return _validated(content, str(path))
+    """Reads a recipe file; raises ProfileError with file, line, key and what is expected there."""
+    content, lines = read_mapping(path, "recipe", "merge_method")
+    return _validated(content, f"{path}:1", lines)
 
 
-def _validated(content: object, where: str) -> Recipe:
+def _validated(content: object, where: str, lines: Mapping[Place, str]) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as exc:
-        said = (
-            f"{where}: {'.'.join(map(str, problem['loc'])) or 'recipe'}: {problem['msg'].removeprefix('Value error, ')}"
-            for problem in exc.errors()
-        )
-        raise ProfileError("\n".join(said)) from exc
+        raise ProfileError(explain(exc, where, lines, "recipe")) from exc
 
 
 def _ability(model: Ingredient) -> WeightedAbility:

@@ -14,12 +14,15 @@ from act_serve.models.layerwise import watch_layers
 from act_serve.models.loading import computing_dtype, load_model, load_tokenizer
 from act_serve.pipeline.memory_use import MemoryUse, memory_use, model_bytes
 from act_serve.pipeline.rankings.catalogue import RANKINGS
-from act_serve.profile.schema import Localize, Profile
+from act_serve.pipeline.search_tasks import search_tasks
+from act_serve.profile.schema import Localize, Profile, Search
 
 # A training step costs about this many forward passes over the same tokens, measured on one CPU core.
 DENSE_STEP, ROWS_STEP, RETENTION_STEP = 3.6, 3.0, 4.0
 # Bytes per linear parameter while it is trained densely, beside weight and gradient: float32 master, gradient, Adam.
 DENSE_BYTES = 4 + 4 + 8
+# Scoring an item, in forward passes: answers are generated for some of the tasks.
+SCORED = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +74,12 @@ def make_plan(profile: Profile, base: Path, sample: list[Example], others: Seque
         batches = tune.steps * tune.gradient_accumulation * (len(search.p) if search else 1)
         seconds = ((ROWS_STEP + taught) * tune.batch_size + kept) * seconds_per_item * batches
         stages.append(PlannedStage("finetune", f"train the rows alone, {tune.steps} steps", seconds))
+    if search is not None:
+        stages.append(_validation(profile, search, seconds_per_item))
     tasks = (*profile.score, *profile.retain)
     what = ", ".join(f"{task.name} ({task.items})" for task in tasks)
     variants = 4 if profile.source.ability is None else 2
-    once = 3 * seconds_per_item * sum(task.items for task in tasks)
+    once = SCORED * seconds_per_item * sum(task.items for task in tasks)
     stages.append(PlannedStage("evaluate", what, variants * once))
     if others:
         stages.append(PlannedStage("compose", f"the same beside {', '.join(others)}", len(others) * once))
@@ -88,6 +93,14 @@ def _calibration(settings: Localize, use: MemoryUse, seconds_per_item: float) ->
     return PlannedStage(
         "calibrate", f"compare both models on {items} answers, {use.what}", 2 * items * seconds_per_item
     )
+
+
+def _validation(profile: Profile, search: Search, seconds_per_item: float) -> PlannedStage:
+    """What the search measures: base and source, then at every p the transfer and the delta."""
+    tasks, variants = search_tasks(profile), 2 + 2 * len(set(search.p))
+    what = ", ".join(f"{task.name} ({search.items})" for task in tasks)
+    seconds = variants * SCORED * seconds_per_item * search.items * len(tasks)
+    return PlannedStage("validate", f"at every p, {what}", seconds)
 
 
 def _forward_cost(base: Path, sample: list[Example], layerwise: bool) -> float:

@@ -5,15 +5,13 @@ from pathlib import Path
 from rich.markup import escape
 
 from act_serve.abilities.store import Store
-from act_serve.models.loading import resolve_model
-from act_serve.models.pairs import check_pair
-from act_serve.pipeline.budget import settle_budget
 from act_serve.pipeline.candidate import Candidate, Origin, make_candidate
 from act_serve.pipeline.evidence import gather_evidence
 from act_serve.pipeline.job import Job
-from act_serve.pipeline.neighbours import company, neighbour_labels
-from act_serve.pipeline.parent import Parent, find_parent
+from act_serve.pipeline.neighbours import neighbour_labels
+from act_serve.pipeline.parent import Parent
 from act_serve.pipeline.plan import make_plan
+from act_serve.pipeline.prepare import prepare
 from act_serve.pipeline.processes import is_first
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.publish import publish, published
@@ -34,19 +32,15 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
     when a retained task falls too far and GainError when a search finds no share of channels that keeps enough
     (nothing is published then), and any other ActServeError with what to do.
     """
-    base = resolve_model(profile.base)
-    job = Job(settle_budget(profile, base), base, work, screen, company(profile, store, base))
-    parent = find_parent(profile.source.ability, store, base) if profile.source.ability else None
-    if profile.source.model is not None:
-        check_pair(job.base, resolve_model(profile.source.model), profile.localize.include)
+    job, parent = prepare(profile, store=store, work=work, screen=screen)
     _show_plan(job, store)
     candidate, origin, curve = _continued(job, parent) if parent else _made(job)
     if not is_first():
         return candidate.final.folder
     evidence = gather_evidence(candidate, origin, store, curve)
     deltas, settled = load_deltas(candidate.final.folder), candidate.job.profile
-    descent = origin.descent(settled, base)
-    folder = publish(profile=settled, base=base, descent=descent, deltas=deltas, evidence=evidence, store=store)
+    descent = origin.descent(settled, job.base)
+    folder = publish(profile=settled, base=job.base, descent=descent, deltas=deltas, evidence=evidence, store=store)
     screen.note(escape(published(profile.name, folder, store)))
     return folder
 
@@ -66,9 +60,9 @@ def _continued(job: Job, parent: Parent) -> tuple[Candidate, Parent, None]:
 
 
 def show_plan(profile: Profile, store: Store, screen: Screen) -> None:
-    """Shows what building `profile` would do, and does none of it."""
-    base = resolve_model(profile.base)
-    _show_plan(Job(settle_budget(profile, base), base, Path(), screen), store)
+    """Shows what building `profile` would do, and does none of it; raises what `prepare` does where it can't."""
+    job, _ = prepare(profile, store=store, work=Path(), screen=screen)
+    _show_plan(job, store)
 
 
 def _show_plan(job: Job, store: Store) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from act_serve.errors import DataError
+from act_serve.models.examples import Example
+
 HIGHER_IS_BETTER = {
     "exact_match": True,
     "json_fields": True,
@@ -34,6 +37,15 @@ _REVISIONS = {"final_number": ["signs, decimals and thousands"]}
 def revision(metric: str) -> list[str]:
     """What a metric has learnt since scores were first kept; part of what kept scores are found by."""
     return _REVISIONS.get(metric, [])
+
+
+def check_scorable(task: str, metric: str, examples: Sequence[Example], language: str | None) -> None:
+    """Raises DataError, naming `task`, when `metric` can't score one of the examples or knows no such `language`."""
+    if metric == "language_share" and language not in _languages():
+        raise DataError(f"{task}: language_share knows no language {language!r}; give an ISO 639-1 code such as fr")
+    for number, example in enumerate(examples, start=1):
+        if (problem := _problem(metric, example)) is not None:
+            raise DataError(f"{task}: {metric} can't score example {number} ({example.beginning!r}): {problem}")
 
 
 def score_of(metric: str, sums_S: Sequence[float]) -> float:
@@ -79,6 +91,29 @@ def answer_score(metric: str, given: Sequence[str], wanted: Sequence[str], langu
     return score_of(metric, np.sum(answer_numbers(metric, given, wanted, language), axis=0).tolist())
 
 
+def _problem(metric: str, example: Example) -> str | None:
+    """Why `metric` can't score the example, and what to do."""
+    if metric in LIKELIHOOD_METRICS:
+        return None
+    if metric == "choice_accuracy":
+        fits = example.prompt and len(example.choices) > 1 and all(example.choices)
+        return None if fits else "it needs a prompt and two `choices` or more, none of them empty"
+    if example.prompt is None:
+        return "it is plain text without a prompt to answer; score it by nll or perplexity"
+    if metric == "json_fields" and not _is_object(example.answer):
+        return "its answer is no JSON object; correct it or take another metric"
+    if metric == "final_number" and _last_number(example.answer) is None:
+        return "its answer has no number; correct it or take another metric"
+    return None
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
 def _equal(given: str, wanted: str) -> list[bool]:
     return [_parsed(given) == _parsed(wanted)]
 
@@ -98,6 +133,13 @@ def _chrf() -> Any:
     from sacrebleu.metrics.chrf import CHRF
 
     return CHRF()
+
+
+@lru_cache
+def _languages() -> frozenset[str]:
+    from lingua import Language
+
+    return frozenset(language.iso_code_639_1.name.lower() for language in Language.all())
 
 
 @lru_cache

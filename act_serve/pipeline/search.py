@@ -6,13 +6,14 @@ from rich.table import Table
 
 from act_serve.errors import GainError
 from act_serve.pipeline.candidate import Candidate, Origin, make_candidate, scored_rows
-from act_serve.pipeline.datasets.catalogue import load_examples
+from act_serve.pipeline.datasets.catalogue import task_examples
 from act_serve.pipeline.evaluate import Question
 from act_serve.pipeline.job import Job
 from act_serve.pipeline.measure import Scores
 from act_serve.pipeline.scored_stage import scored
+from act_serve.pipeline.search_tasks import search_tasks
 from act_serve.pipeline.stage_files import load_deltas
-from act_serve.profile.schema import Profile, Search, Task
+from act_serve.profile.schema import Profile, Search
 
 Shares = dict[str, float | None]
 
@@ -49,7 +50,7 @@ def smallest_candidate(job: Job, origin: Origin, search: Search) -> tuple[Candid
 
     Raises GainError, after the curve is shown, when none does, or when the ability model gained nothing.
     """
-    questions = _questions(job.profile, search.items)
+    questions = search_questions(job.profile, search)
     base = scored(job, "validate-base", job.base, job.base_key, [], questions)
     source = scored(job, "validate-source", origin.source, origin.source_key, [], questions)
     points: list[Point] = []
@@ -91,16 +92,10 @@ def curve_table(curve: Curve) -> Table:
     return table
 
 
-def _questions(profile: Profile, items: int) -> list[Question]:
-    """Every score task by its own metric and by NLL, on validation data."""
-    tasks: dict[str, Task] = {task.name: task for task in profile.score}
-    by_nll = {task.data.model_dump_json() for task in profile.score if task.metric == "nll"}
-    for task in profile.score:
-        if task.data.model_dump_json() not in by_nll and task.metric != "perplexity":
-            by_nll.add(task.data.model_dump_json())
-            name = f"{task.name}-nll"
-            tasks[name] = task.model_copy(update={"name": name, "metric": "nll"})
-    return [Question(task, load_examples(task.data, "validation", items, profile.seed)) for task in tasks.values()]
+def search_questions(profile: Profile, search: Search) -> list[Question]:
+    """What is scored at every p, on validation data; raises DataError where there is none."""
+    tasks = search_tasks(profile)
+    return [Question(task, task_examples(task, task.data, "validation", search.items, profile.seed)) for task in tasks]
 
 
 def _point(candidate: Candidate, p: float, questions: list[Question], base: Scores, source: Scores) -> Point:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from act_serve.errors import BuildError
-from act_serve.models.examples import Example, encode
+from act_serve.models.examples import Example, encode_answered
 from act_serve.models.families import channel_modules
 from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.pipeline.training import BETAS, CLIP_NORM, Report, Schedule, answer_loss, training_batches
@@ -27,13 +27,14 @@ def train_source(
     """Trains every linear channel of `base` on `examples` and saves the model in `folder`, atomically.
 
     Embedding, norms and lm_head stay as they are: only then does the whole difference to the base lie in channels
-    that are ranked where a profile includes no others. Raises BuildError when training diverges.
+    that are ranked where a profile includes no others. Raises DataError for an example without an answer token, and
+    BuildError when training diverges.
     """
     torch.manual_seed(seed)
     model, tokenizer = load_model(base), load_tokenizer(base)
     weights = [model.get_submodule(module.name).weight for module in channel_modules(base)]
     masters = [weight.detach().float().requires_grad_(True) for weight in weights]
-    items = [encode(tokenizer, example) for example in examples]
+    items = encode_answered(tokenizer, examples, "the training data")
     stream = training_batches(items, settings.batch_size, tokenizer.pad_token_id, seed)
 
     def loss() -> Tensor:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from act_serve.models.examples import Example
-from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples
+from act_serve.pipeline.datasets.catalogue import examples_hash, task_examples
 from act_serve.pipeline.finetune import Lessons, finetune
 from act_serve.pipeline.job import Job
 from act_serve.pipeline.processes import count
@@ -55,11 +55,11 @@ def retained_text(profile: Profile) -> list[Example]:
     retention = profile.finetune.retention
     if retention is None:
         return []
-    sources = {
-        (task.train_data or task.data).model_dump_json(): task.train_data or task.data for task in profile.retain
-    }
+    sources = {(task.train_data or task.data).model_dump_json(): task for task in profile.retain}
     return [
         example
-        for data in sources.values()
-        for example in load_examples(data, "train", retention.items_per_task, profile.seed)
+        for task in sources.values()
+        for example in task_examples(
+            task, task.train_data or task.data, "train", retention.items_per_task, profile.seed
+        )
     ]

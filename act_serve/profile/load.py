@@ -1,5 +1,6 @@
 """Reads a profile file and says exactly what is wrong with it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,13 @@ def load_profile(path: Path) -> Profile:
     try:
         profile = Profile.model_validate(content)
     except ValidationError as exc:
-        raise ProfileError(_explain(path, exc, lines)) from exc
+        raise ProfileError(explain(exc, f"{path}:1", lines, "profile")) from exc
     return _with_absolute_files(profile, path.parent)
 
 
 def _read(path: Path, below: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Place, str]]:
     """The keys of a profile and of those that it extends, and `file:line` of every key; `below` extend this one."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ProfileError(f"{path}: can't be read ({exc})") from exc
-    content, lines = _parse(path, text)
+    content, lines = read_mapping(path, "profile", "name")
     if (name := content.pop("extends", None)) is None:
         return content, lines
     where = lines["extends",]
@@ -44,7 +41,15 @@ def _read(path: Path, below: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Pla
     return merged, {place: at for place, at in places.items() if place[:1] not in lines} | lines
 
 
-def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[Place, str]]:
+def read_mapping(path: Path, what: str, first: str) -> tuple[dict[str, Any], dict[Place, str]]:
+    """The keys of a YAML file, and `file:line` of every key; the file is a `what` and begins with the key `first`.
+
+    Raises ProfileError when it can't be read or is no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ProfileError(f"{path}: can't be read ({exc})") from exc
     try:
         content = yaml.safe_load(text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -53,7 +58,7 @@ def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[Place, str]]:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ProfileError(f"{where}: not valid YAML: {getattr(exc, 'problem', exc)}") from exc
     if not isinstance(content, dict):
-        raise ProfileError(f"{path}: a profile is a mapping that starts with `name: ...`")
+        raise ProfileError(f"{path}: a {what} is a mapping that starts with `{first}: ...`")
     return content, {place: f"{path}:{line}" for place, line in _lines(root, ())}
 
 
@@ -70,7 +75,11 @@ def _lines(node: Any, place: Place) -> list[tuple[Place, int]]:
     return found
 
 
-def _explain(path: Path, error: ValidationError, lines: dict[Place, str]) -> str:
+def explain(error: ValidationError, where: str, lines: Mapping[Place, str], what: str) -> str:
+    """One line per mistake: its place in `lines`, or `where` none is known, the key, and what is expected there.
+
+    `what` names the whole, for mistakes of no single key.
+    """
     said = []
     for problem in error.errors():
         place = tuple(str(part) for part in problem["loc"])
@@ -78,7 +87,9 @@ def _explain(path: Path, error: ValidationError, lines: dict[Place, str]) -> str
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown key; check its spelling and indentation"
-        said.append(f"{lines.get(known, f'{path}:1')}: {'.'.join(place) or 'profile'}: {message}")
+        elif problem["type"] == "too_short":
+            message = "give at least one"
+        said.append(f"{lines.get(known, where)}: {'.'.join(place) or what}: {message}")
     return "\n".join(said)
 
 

@@ -39,7 +39,8 @@ class Data(_Section):
     """Where examples come from: a data set that act-serve can make, or JSONL files.
 
     A JSONL line is `{"prompt": ..., "answer": ...}` or `{"text": ...}`. `train` and `test` are paths relative to the
-    profile's folder; so is `validation`, without which 5 % of the training lines are held out.
+    profile's folder; so is `validation`, without which 5 % of the training lines are held out. Examples are cut at 320
+    tokens; one whose prompt is as long is refused where its answer is to be scored by likelihood or trained on.
     """
 
     maker: str | None = None
@@ -260,6 +261,15 @@ class Profile(_Section):
             raise ValueError(
                 f"`source.train` trains the linear modules alone, so {' and '.join(self.localize.include)} would not "
                 "differ from the base; name a `source.model`, or leave `localize.include` out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _retention_has_tasks(self) -> "Profile":
+        if self.finetune.retention is not None and not self.retain:
+            raise ValueError(
+                "finetune.retention holds to the base on the text of the `retain` tasks, and there are none; add some, "
+                "or leave finetune.retention out"
             )
         return self
 

@@ -86,7 +86,9 @@ def test_dry_run_shows_conflicts_and_writes_nothing(home: Path) -> None:
         (("ties", "mean"), "recipe: the method mean keeps every value; leave density out"),
         (("0.25", "1.5"), r"models\.0\.parameters\.density: Input should be less than"),
         (("weight: 0.5", "weight: [0.1, 0.9]"), r"models\.0\.parameters\.weight: Input should be a valid number"),
-        (("dtype", "slices"), "slices: Extra inputs are not permitted"),
+        (("dtype", "slices"), r"recipe\.yaml:8: slices: unknown key"),
+        ((RECIPE, "merge_method: sum\nmodels: []"), r"recipe\.yaml:2: models: give at least one"),
+        ((RECIPE, "[1]"), "a recipe is a mapping that starts with `merge_method"),
     ],
 )
 def test_a_wrong_recipe_is_explained(home: Path, change: tuple[str, str], message: str) -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from act_serve.cli.main import app
 from act_serve.delta.artifact import ModuleDelta
-from act_serve.errors import ActServeError, ArtifactDamagedError, ProfileError
+from act_serve.errors import ActServeError, ArtifactDamagedError, DataError, ProfileError
 from tests.pipeline.test_export import UP, publish
 from tests.tiny_models import make_llama
 
@@ -44,6 +44,20 @@ def test_eval_writes_scores(home: Path) -> None:
     low, high = alone["intervals"]["nll"]
     assert low <= alone["scores"]["nll"] <= high
     assert "95 % interval" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "metric", "said"),
+    [
+        ({"prompt": "x" * 400, "answer": "yes"}, "nll", "^nll: example 1 .* a prompt of 4.. tokens, .* cut at 320"),
+        ({"text": "plain"}, "exact_match", "^exact_match: exact_match can't score .* plain text without a prompt"),
+        ({"prompt": "x", "answer": "y"}, "language_share", "^metric 'language_share': the metric language_share needs"),
+    ],
+)
+def test_eval_refuses_what_it_cannot_score(home: Path, line: dict[str, str], metric: str, said: str) -> None:
+    (home / "task.jsonl").write_text(json.dumps(line))
+    with pytest.raises(DataError, match=said):
+        call("eval", home / "task.jsonl", "--base", home / "base", "--store", home / "store", "--metric", metric)
 
 
 def test_export_then_load(home: Path) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from act_serve.models.examples import Encoded, Example, batches, collate, encode
+from act_serve.errors import DataError
+from act_serve.models.examples import MAX_TOKENS, Encoded, Example, batches, collate, encode, encode_answered
 from tests.tiny_models import make_tokenizer
 
 
@@ -19,6 +20,17 @@ def test_answer_positions() -> None:
 def test_plain_text_counts_all_but_its_first_token() -> None:
     item = encode(make_tokenizer(), Example(None, "abc"))
     assert (item.answer_start, item.answer_tokens) == (1, 2)
+
+
+def test_an_example_without_an_answer_token_is_named() -> None:
+    tokenizer = make_tokenizer()
+    room = MAX_TOKENS - encode(tokenizer, Example("", "")).answer_start
+    fits, full = Example("x" * (room - 1), "yes"), Example("x" * room, "yes")
+    assert [item.answer_tokens for item in encode_answered(tokenizer, [fits], "demo")] == [1]
+    with pytest.raises(DataError, match=r"^demo: example 2 \('x{40}'\) has a prompt of 320 tokens, .* cut at 320"):
+        encode_answered(tokenizer, [fits, full], "demo")
+    with pytest.raises(DataError, match=r"^demo: example 1 \('a'\) has no second token"):
+        encode_answered(tokenizer, [Example(None, "a")], "demo")
 
 
 @pytest.mark.parametrize("size", [1, 3, 7])

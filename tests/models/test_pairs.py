@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from act_serve.errors import PairMismatchError
-from act_serve.models.pairs import check_pair
+from act_serve.errors import ModelError, PairMismatchError
+from act_serve.models.pairs import check_pair, differing_maths
 from tests.tiny_models import make_llama, make_qwen, make_tokenizer
 
 
@@ -49,6 +50,40 @@ def test_fields_left_out_mean_their_defaults(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
     with pytest.raises(PairMismatchError, match="attention_bias"):
         check_pair(base, source)
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_quantised_models(tmp_path: Path, side: str) -> None:
+    base, source = make_llama(tmp_path / "a"), make_llama(tmp_path / "b")
+    change_config(tmp_path / side, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ModelError, match=rf"{tmp_path / side} is quantised .* use the unquantised checkpoint"):
+        check_pair(base, source)
+
+
+def test_other_maths_are_named_with_both_values(tmp_path: Path) -> None:
+    base, source = make_qwen(tmp_path / "a"), make_qwen(tmp_path / "b")
+    assert differing_maths(base, source) == ""
+    change_config(source, layer_types=None)
+    assert differing_maths(base, source) == "", "what is left out means the same layers"
+    change_config(source, rms_norm_eps=1e-5, rope_parameters={"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0})
+    check_pair(base, source)
+    said = differing_maths(base, source)
+    for named in (
+        "rms_norm_eps (1e-06 in the base, 1e-05 in the ability model)",
+        "rope_theta (10000.0 in the base, 50000.0 in the ability model)",
+        "rope_type (default in the base, linear in the ability model)",
+        "factor (None in the base, 2.0 in the ability model)",
+    ):
+        assert named in said
+    change_config(source, layer_types=["sliding_attention"], sliding_window=64, use_sliding_window=True)
+    said = differing_maths(base, source)
+    assert "layer_types" in said
+    assert "sliding_window (None in the base, 64 in the ability model)" in said
 
 
 def test_tokens_with_another_id(tmp_path: Path) -> None:

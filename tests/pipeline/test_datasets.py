@@ -12,12 +12,18 @@ import pytest
 from act_serve.errors import DataError
 from act_serve.models.examples import Example
 from act_serve.pipeline.datasets import debian_package, libreoffice_help
-from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples, read_examples, write_examples
+from act_serve.pipeline.datasets.catalogue import (
+    examples_hash,
+    load_examples,
+    read_examples,
+    task_examples,
+    write_examples,
+)
 from act_serve.pipeline.datasets.order_notes import KEYS, PROMPTS, UNSEEN_PLAIN, order_notes
 from act_serve.pipeline.datasets.splits import Split
 from act_serve.pipeline.datasets.word_problems import word_problems
 from act_serve.pipeline.scorers import answer_score
-from act_serve.profile.schema import Data
+from act_serve.profile.schema import Data, Task
 
 FIELDS = ("buyer", "city", "item", "date")
 
@@ -200,8 +206,14 @@ def test_unknown_maker_option_and_empty_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no option colour"):
         load_examples(Data(maker="order_notes", options={"colour": 1}), "train", 1, 0)
     (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(DataError, match="no test examples"):
-        load_examples(Data(test=str(tmp_path / "a.jsonl")), "test", 1, 0)
+    files = Data(train=str(tmp_path / "a.jsonl"), test=str(tmp_path / "b.jsonl"))
+    with pytest.raises(DataError, match=r"a\.jsonl holds no validation examples"):
+        load_examples(files, "validation", 1, 0)
+    task = Task(name="demo", metric="nll", data=Data(test=str(tmp_path / "a.jsonl")))
+    with pytest.raises(DataError, match=r"^task demo: \S*a\.jsonl holds no test examples"):
+        task_examples(task, task.data, "test", 1, 0)
+    with pytest.raises(DataError, match=r"^task demo: the data names no `validation` or `train` file, .*; name one"):
+        task_examples(task, task.data, "validation", 1, 0)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from act_serve.delta.artifact import ModuleDelta
-from act_serve.errors import BuildError
+from act_serve.errors import BuildError, DataError
 from act_serve.models.answering import answer_logits
 from act_serve.models.examples import Encoded, Example, collate
 from act_serve.models.loading import load_model
 from act_serve.models.row_delta import RowDeltas
 from act_serve.pipeline.finetune import Lessons, finetune
-from act_serve.pipeline.train_source import optimise
+from act_serve.pipeline.train_source import optimise, train_source
 from act_serve.pipeline.training import Schedule
-from act_serve.profile.schema import FineTune, Retention
+from act_serve.profile.schema import FineTune, Retention, TrainSource
 from tests.tiny_models import make_llama, make_qwen
 
 UP = "model.layers.0.mlp.up_proj"
@@ -90,6 +90,32 @@ def test_retention_pulls_back_to_the_base(tmp_path: Path) -> None:
         )
         size[weight] = float(tuned[UP].delta.norm())
     assert size[100.0] < size[0.0]
+
+
+def test_examples_without_an_answer_token_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    long, steps = Example("x" * 400, "yes"), []
+
+    def report(done: int, _total: int, _remark: str) -> None:
+        steps.append(done)
+
+    for lessons, said in (
+        (Lessons([*LESSONS, long], []), "^the training data: example 2 .* prompt of 4.. tokens"),
+        (Lessons(LESSONS, [long]), "^the retained tasks' training text: example 1 .* prompt of 4.. tokens"),
+    ):
+        settings = FineTune(steps=1, retention=Retention())
+        with pytest.raises(DataError, match=said):
+            finetune(base=base, deltas={UP: delta([0])}, lessons=lessons, settings=settings, seed=0, report=report)
+    with pytest.raises(DataError, match=r"^the training data: example 1"):
+        train_source(
+            base=base,
+            examples=[long],
+            settings=TrainSource(items=1, steps=1),
+            seed=0,
+            folder=tmp_path / "source",
+            report=report,
+        )
+    assert not steps
 
 
 def test_loss_that_explodes_is_an_error() -> None:

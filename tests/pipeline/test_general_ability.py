@@ -132,5 +132,5 @@ def test_choice_accuracy_is_a_task_s_metric(tmp_path: Path) -> None:
     swapped = [Example(each.prompt, each.choices[1], each.choices) for each in examples]
     found = [evaluate(model, tokenizer, [Question(task, each)])["pick"].score for each in (examples, swapped)]
     assert sum(found) == 1.0
-    with pytest.raises(DataError, match="needs examples with a prompt and choices"):
+    with pytest.raises(DataError, match="needs a prompt and two `choices` or more"):
         evaluate(model, tokenizer, [Question(task, [Example("Q:", "a")])])

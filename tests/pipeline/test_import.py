@@ -217,6 +217,20 @@ def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
         brought(wide, base)
 
 
+def test_checkpoint_that_is_quantised_or_computes_differently(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant(base, tmp_path / "source", p=0.1, scale=0.3)
+    path = tmp_path / "source" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    brought(tmp_path / "source", base)
+    assert "rms_norm_eps (1e-06 in the base, 0.001 in the ability model)" in caplog.text
+    path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ModelError, match="use the unquantised checkpoint"):
+        brought(tmp_path / "source", base)
+
+
 def test_row_sparse_shira_is_kept_exactly(base: Path, tmp_path: Path) -> None:
     def first_rows(layer: torch.nn.Linear, r: int, **_: Any) -> Tensor:
         mask = torch.zeros(layer.weight.numel())

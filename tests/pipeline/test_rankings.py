@@ -142,7 +142,7 @@ def test_nan_in_a_model(pair: Pair, ranking: Ranking) -> None:
 
 
 def test_models_that_do_not_differ(pair: Pair) -> None:
-    for ranking in ("weight_relative", "activation_global", "gradient"):
+    for ranking in ("weight_relative", "activation_global", "gradient", "random"):
         with pytest.raises(PairMismatchError, match="does not differ"):
             scores(ranking, Pair(pair.base, pair.base, pair.examples))
 

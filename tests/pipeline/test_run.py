@@ -13,11 +13,19 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import read_artifact
 from act_serve.delta.channels import OUTSIDE, kind_of
-from act_serve.errors import BuildError, PairMismatchError, ProfileError, RetentionError, UnknownAbilityError
+from act_serve.errors import (
+    BuildError,
+    DataError,
+    PairMismatchError,
+    ProfileError,
+    RetentionError,
+    UnknownAbilityError,
+)
 from act_serve.models.answering import answers
 from act_serve.models.examples import Example
 from act_serve.models.loading import load_model, load_tokenizer
@@ -71,6 +79,12 @@ def build(folder: Path, path: Path) -> tuple[Path, str]:
     screen = Screen(Console(file=said, width=140))
     artifact = line.build(load_profile(path), store=Store(folder / "store"), work=folder / "work", screen=screen)
     return artifact, said.getvalue()
+
+
+def show_plan(folder: Path, path: Path) -> str:
+    said = io.StringIO()
+    line.show_plan(load_profile(path), Store(folder / "store"), Screen(Console(file=said, width=140)))
+    return said.getvalue()
 
 
 @pytest.mark.parametrize("ranking", ["activation_weight", "gradient"])
@@ -280,6 +294,71 @@ def test_costly_ability_is_not_published(tmp_path: Path, pair: dict[str, list[in
     with pytest.raises(RetentionError, match=r"own \(nll\) went from"):
         build(tmp_path, path)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("part", ["score", "retain", "trained", "searched", "strengths"])
+@pytest.mark.parametrize("plan", [False, True])
+def test_data_of_every_stage_are_read_before_the_first(
+    tmp_path: Path, pair: dict[str, list[int]], part: str, plan: bool
+) -> None:
+    own = {"train": "ability.jsonl", "validation": "ability.jsonl", "test": "ability.jsonl"}
+    (tmp_path / "empty.jsonl").write_text("\n")
+    task = {"metric": "nll", "items": 5}
+    changes: dict[str, Any] = {
+        "score": {"score": [{"name": "mine", "data": own | {"test": "typo.jsonl"}, **task}]},
+        "retain": {"retain": [{"name": "other", "data": own | {"test": "empty.jsonl"}, **task}]},
+        "trained": {"retain": [{"name": "other", "data": own, "train_data": own | {"train": "typo.jsonl"}, **task}]},
+        "searched": {
+            "search": {"p": [P]},
+            "score": [{"name": "mine", "data": own | {"validation": "typo.jsonl"}, **task}],
+        },
+        "strengths": {
+            "transfer": {"strength": [0.5, 1.0]},
+            "score": [{"name": "mine", "data": own | {"validation": "empty.jsonl"}, **task}],
+        },
+    }
+    path = profile_file(tmp_path, **changes[part])
+    with pytest.raises(DataError, match=r"typo\.jsonl|no (test|validation) examples"):
+        show_plan(tmp_path, path) if plan else build(tmp_path, path)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_split_that_no_stage_reads_may_be_missing(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    only_test = {"name": "other", "metric": "nll", "items": 5, "data": {"test": "other.jsonl"}}
+    path = profile_file(tmp_path, retain=[only_test], finetune={"steps": 3, "items": 5})
+    assert "finetune" in show_plan(tmp_path, path)
+
+
+def test_the_plan_checks_pair_parent_and_company(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    make_llama(tmp_path / "wide", hidden=64)
+    with pytest.raises(PairMismatchError, match="hidden_size"):
+        show_plan(tmp_path, profile_file(tmp_path, source={"model": str(tmp_path / "wide")}))
+    with pytest.raises(BuildError, match=r"finetune\.company names absent"):
+        show_plan(tmp_path, profile_file(tmp_path, finetune={"steps": 3, "company": ["absent"]}))
+    path = profile_file(tmp_path, source={"ability": "absent"})
+    content = yaml.safe_load(path.read_text())
+    del content["localize"]
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UnknownAbilityError, match="absent"):
+        show_plan(tmp_path, path)
+
+
+def test_a_build_says_what_no_row_carries(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    path = profile_file(tmp_path)
+    said = show_plan(tmp_path, path)
+    assert "compute differently" not in said
+    assert "not kept" not in said
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    artifact, said = build(tmp_path, path)
+    said = " ".join(said.split())
+    assert "rope_theta (10000.0 in the base, 1000000.0 in the ability model)" in said
+    assert "not kept: 1 other tensors that differ" in said
+    assert "rope_theta" not in (artifact / "evaluation.json").read_text()
 
 
 def test_pair_that_does_not_fit(tmp_path: Path, pair: dict[str, list[int]]) -> None:

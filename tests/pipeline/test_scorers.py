@@ -2,9 +2,11 @@
 
 import pytest
 
-from act_serve.pipeline.evaluate import broken, drop
+from act_serve.errors import DataError
+from act_serve.models.examples import Example
+from act_serve.pipeline.evaluate import Question, broken, drop
 from act_serve.pipeline.scorers import answer_score
-from act_serve.profile.schema import Data, RetainedTask
+from act_serve.profile.schema import Data, RetainedTask, Task
 
 WANTED = ['{"buyer": "Ann", "qty": 3}', '{"buyer": "Bob", "qty": 4}']
 
@@ -59,6 +61,30 @@ def test_chrf() -> None:
 def test_language_share() -> None:
     texts = ["Ouvrez le fichier dans une nouvelle fenêtre.", "Open the file in a new window.", ""]
     assert answer_score("language_share", texts, texts, "fr") == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "wrong", "said"),
+    [
+        ("final_number", Example("How many?", "none"), r"example 2 \('How many\?'\): its answer has no number"),
+        ("json_fields", Example("Extract.", "Order: {}"), "its answer is no JSON object"),
+        ("json_fields", Example("Extract.", "[1]"), "its answer is no JSON object"),
+        ("exact_match", Example(None, "plain"), "plain text without a prompt .* nll or perplexity"),
+        ("choice_accuracy", Example("Pick.", "a", ("a", "")), "two `choices` or more, none of them empty"),
+    ],
+)
+def test_examples_that_a_metric_cannot_score_are_named(metric: str, wrong: Example, said: str) -> None:
+    task = Task(name="demo", data=Data(test="x"), metric=metric)
+    right = Example("Extract.", '{"qty": 3}', ('{"qty": 3}', "none"))
+    assert Question(task, [right]).examples == [right]
+    with pytest.raises(DataError, match=f"^demo: {metric} can't score .*{said}"):
+        Question(task, [right, wrong])
+
+
+@pytest.mark.parametrize("language", ["xx", "FR", "french"])
+def test_a_language_that_language_share_does_not_know_is_named(language: str) -> None:
+    with pytest.raises(DataError, match=f"^demo: language_share knows no language '{language}'"):
+        Question(Task(name="demo", data=Data(test="x"), metric="language_share", language=language), [])
 
 
 def task(metric: str, max_drop: float) -> RetainedTask:

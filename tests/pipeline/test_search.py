@@ -21,6 +21,7 @@ from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.pipeline.datasets.catalogue import load_examples, write_examples
 from act_serve.pipeline.datasets.splits import split_of
 from act_serve.pipeline.finetune import Lessons, finetune
+from act_serve.pipeline.plan import make_plan
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.run import build
 from act_serve.pipeline.search import keeps, kept_share
@@ -157,7 +158,7 @@ def test_part_of_the_training_file_is_held_out(tmp_path: Path) -> None:
     assert 5 < len(held_out) < 40
     assert all(split_of(example.prompt or "") == "validation" for example in held_out)
     write_examples(tmp_path / "all.jsonl", train[:3])
-    with pytest.raises(DataError, match="no validation examples"):
+    with pytest.raises(DataError, match=r"the 3 lines of \S*all\.jsonl leave none for validation"):
         load_examples(data, "validation", 10, 0)
 
 
@@ -165,6 +166,20 @@ def test_keep_on_the_command_line_asks_for_a_search(folder: Path) -> None:
     result = CliRunner().invoke(app, ["build-delta", str(profile_file(folder)), "--keep", "0.8", "--plan"])
     assert result.exit_code == 0
     assert "1.0% or 2.0% or 5.0% or 10.0%" in " ".join(result.output.split())
+
+
+def test_the_plan_counts_what_the_search_measures(folder: Path) -> None:
+    profile = load_profile(profile_file(folder, search={"p": SHARES, "items": 4}))
+    plan = make_plan(profile, folder / "base", said(range(2)))
+    seconds = {stage.name: stage.seconds for stage in plan.stages}
+    (search,) = [stage for stage in plan.stages if stage.name == "validate"]
+    assert search.what == "at every p, demo_exact (4), demo_exact-nll (4)"
+    # Base, source and two of each of three p on two tasks, against four variants on one, of 4 items all.
+    assert seconds["validate"] == pytest.approx(seconds["evaluate"] * (8 * 2) / (4 * 1))
+    assert "validate" not in [
+        stage.name
+        for stage in make_plan(profile.model_copy(update={"search": None}), folder / "base", said(range(2))).stages
+    ]
 
 
 @pytest.mark.parametrize(

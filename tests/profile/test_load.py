@@ -55,6 +55,7 @@ def test_files_are_relative_to_the_profile(tmp_path: Path) -> None:
         ("description: A demonstration.\n", "", "description: Field required"),
         ("metric: nll", "metric: bleu", "demo.yaml:9: score.0.metric: Input should be"),
         ("metric: nll", "metric: language_share", "needs a `language`"),
+        ("localize:", "finetune: {retention: {}}\nlocalize:", "finetune.retention holds to the base on the text of"),
         ("{model: ../source}", "{}", "demo.yaml:5: source: give one of `model`"),
         ("{train: train.jsonl, test: test.jsonl}", "{maker: x, test: y}", "demo.yaml:4: data: name either"),
         ("name: demo", "name: [demo", "demo.yaml:2: not valid YAML"),
@@ -66,6 +67,13 @@ def test_mistakes_name_line_and_field(tmp_path: Path, old: str, new: str, said: 
     with pytest.raises(ProfileError) as caught:
         load_profile(written(tmp_path, GOOD.replace(old, new)))
     assert said in str(caught.value)
+
+
+def test_retention_counts_the_tasks_of_the_profile_that_is_extended(tmp_path: Path) -> None:
+    written(tmp_path, GOOD + "retain:\n  - {name: kept, metric: nll, data: {test: test.jsonl}}\n")
+    more = tmp_path / "more.yaml"
+    more.write_text("extends: demo.yaml\nfinetune: {retention: {}}\n", encoding="utf-8")
+    assert load_profile(more).finetune.retention is not None
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from act_serve.pipeline.analyze.finding import Finding
 from act_serve.pipeline.analyze.measure_channels import (
     measure_concentration,
     measure_disentanglement,
-    measure_heat_map,
+    measure_heat_maps,
     measure_stability,
 )
 from act_serve.pipeline.analyze.measure_sufficiency import measure_sufficiency
@@ -93,8 +93,8 @@ def analyze(subjects: Sequence[Subject], options: Options) -> Analysis:
         _stability(found, subjects, shares)
     if "layers" not in options.skip:
         for each in subjects:
-            lying = measure_heat_map(each)
-            found.add("layers", heat_map_finding(lying), [lying])
+            lying = measure_heat_maps(each)
+            found.add("layers", heat_map_finding(lying), lying)
     return found
 
 

@@ -106,29 +106,37 @@ def stability_finding(records: Sequence[Stability], p: float) -> Finding:
     )
 
 
-def heat_map_finding(record: HeatMap) -> Finding:
-    """Shows where the ability lies; there is nothing to judge."""
-    chosen = _flat(record.mask_shares)
-    projection, layer, share = max(chosen, key=lambda cell: cell[2])
-    where, at, most = max(_flat(record.differences), key=lambda cell: cell[2])
-    empty = sum(value == 0 for _, _, value in chosen)
+def heat_map_finding(records: Sequence[HeatMap]) -> Finding:
+    """Shows where one ability lies by each ranking, the build's own last; there is nothing to judge."""
+    ability, differences = records[0].ability, records[0].differences
+    where, at, most = max(_flat(differences), key=lambda cell: cell[2])
     return Finding(
-        key=f"layers-{record.ability}",
-        title=f"Layer by module: {record.ability}",
+        key=f"layers-{ability}",
+        title=f"Layer by module: {ability}",
         verdict=None,
         criterion="",
         sentences=(
             f"Above is the mean activation difference of each module's channels; it is largest, {most:.3g}, in {where} "
             f"of layer {at}.",
-            f"Below is where the channels lie that {record.ranking} chooses at p = {exact(record.p)}: most densely "
-            f"in {projection} of layer {layer} ({percent(share)} of its channels, chance {exact(record.p)}), while "
-            f"{empty} of {len(chosen)} modules have none.",
+            f"Below is where the channels lie that are chosen at p = {exact(records[0].p)}: "
+            f"{'; '.join([_lying(record) for record in records])}. The build transfers those of {records[-1].ranking}.",
         ),
-        picture=pictures.draw_heat_map(record),
-        headings=("module", "layer", "mean Δa", "chosen channels"),
+        picture=pictures.draw_heat_maps(records),
+        headings=("module", "layer", "mean Δa", *(f"chosen by {record.ranking}" for record in records)),
         rows=tuple(
-            (name, str(at), f"{record.differences[name][at]:.4g}", percent(value)) for name, at, value in chosen
+            (name, str(at), f"{value:.4g}", *(percent(record.mask_shares[name][at]) for record in records))
+            for name, at, value in _flat(differences)
         ),
+    )
+
+
+def _lying(record: HeatMap) -> str:
+    chosen = _flat(record.mask_shares)
+    projection, layer, share = max(chosen, key=lambda cell: cell[2])
+    empty = sum(value == 0 for _, _, value in chosen)
+    return (
+        f"by {record.ranking} most densely in {projection} of layer {layer} ({percent(share)} of its channels, chance "
+        f"{exact(record.p)}), while {empty} of {len(chosen)} modules have none"
     )
 
 

@@ -46,12 +46,24 @@ def measure_stability(subject: Subject, shares: Sequence[float]) -> list[Stabili
     ]
 
 
-def measure_heat_map(subject: Subject) -> HeatMap:
-    """Sums up Δa and the mask of the paper's ranking; one that ranks within modules chooses alike in all of them."""
-    p = subject.job.profile.localize.p
+def measure_heat_maps(subject: Subject) -> list[HeatMap]:
+    """Sums up Δa, and the masks of the paper's ranking and of the build's own, which comes last.
+
+    One that ranks within modules chooses alike in all of them.
+    """
+    settings = subject.job.profile.localize
+    rankings: tuple[Ranking, ...] = ("activation_global", settings.ranking)
     differences = subject.differences(subject.calibration, "activation_global")
-    mask = subject.mask(differences, "activation_global", p)
-    return heat_map(subject.name, differences, mask, ranking="activation_global", p=p)
+    return [
+        heat_map(
+            subject.name,
+            differences,
+            subject.mask(subject.differences(subject.calibration, ranking), ranking, settings.p),
+            ranking=ranking,
+            p=settings.p,
+        )
+        for ranking in dict.fromkeys(rankings)
+    ]
 
 
 def _varied(

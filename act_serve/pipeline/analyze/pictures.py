@@ -95,17 +95,20 @@ def draw_stability(records: Sequence[Stability]) -> bytes:
     return png(figure)
 
 
-def draw_heat_map(record: HeatMap) -> bytes:
-    """Layer by module: mean Δa (logarithmic colours) above, share of the chosen channels below."""
-    layers = 1 + max(layer for row in record.differences.values() for layer in row)
-    figure, (above, below) = new_figure(2, 1, width=max(6.0, 2.4 + 0.26 * layers), height=2.9)
-    values = [value for row in record.differences.values() for value in row.values() if value > 0]
+def draw_heat_maps(records: Sequence[HeatMap]) -> bytes:
+    """Layer by module: mean Δa (logarithmic colours) above, below each other the share of each ranking's channels."""
+    differences = records[0].differences
+    layers = 1 + max(layer for row in differences.values() for layer in row)
+    width = max(6.0, 2.4 + 0.26 * layers)
+    figure, (above, *below) = new_figure(1 + len(records), 1, width=width, height=2.9)
+    values = [value for row in differences.values() for value in row.values() if value > 0]
     scale = LogNorm(min(values), max(values)) if values and min(values) < max(values) else Normalize(0, 1)
-    _cells(above, record.differences, scale, "mean Δa (activation units)")
-    shares = [100 * value for row in record.mask_shares.values() for value in row.values()]
-    in_per_cent = {name: {at: 100 * v for at, v in row.items()} for name, row in record.mask_shares.items()}
-    title = f"channels chosen by {record.ranking} at p = {100 * record.p:g} % (% of the module's)"
-    _cells(below, in_per_cent, Normalize(0, max(*shares, 1e-9)), title)
+    _cells(above, differences, scale, "mean Δa (activation units)")
+    for axis, record in zip(below, records, strict=True):
+        in_per_cent = {name: {at: 100 * v for at, v in row.items()} for name, row in record.mask_shares.items()}
+        shares = [value for row in in_per_cent.values() for value in row.values()]
+        title = f"channels chosen by {record.ranking} at p = {100 * record.p:g} % (% of the module's)"
+        _cells(axis, in_per_cent, Normalize(0, max(*shares, 1e-9)), title)
     return png(figure)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
@@ -18,11 +19,11 @@ from act_serve.pipeline.analyze.subject import Subject
 REPORT, NUMBERS = "report.html", "analysis.json"
 
 
-def prepare_folder(folder: Path) -> None:
-    """Makes the folder, before hours are spent on what goes in there; raises BuildError when it can't be written."""
+def check_writable(folder: Path) -> None:
+    """Raises BuildError when the folder can't be made or written, before hours are spent on what goes in there."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / NUMBERS).touch()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as exc:
         raise BuildError(f"the report can't be written to {folder}: {exc}; give another folder with --out") from exc
 

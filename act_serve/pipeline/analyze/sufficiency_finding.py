@@ -15,6 +15,8 @@ from act_serve.pipeline.analyze.sufficiency import (
 )
 
 KEEP = 0.85
+# A search of a build chooses on validation data; here the same scores choose and tell.
+ON_TEST_DATA = "chosen and measured on the same test data"
 CONTROLS = {CHOSEN: RANDOM, CHOSEN_TUNED: RANDOM_TUNED}
 
 
@@ -26,7 +28,8 @@ def sufficiency_finding(records: Sequence[Sufficiency]) -> Finding:
         title=f"Sufficiency: {ability}",
         verdict=worst([_verdict(record) for record in records]),
         criterion=f"Holds when {exact(HEADLINE_P)} of the parameters or fewer keep {exact(KEEP)} of the ability "
-        "model's gain in every task and random rows keep less; partly when more parameters or random rows do, too.",
+        "model's gain in every task and random rows keep less; partly when more parameters or random rows do, too. "
+        f"The smallest p is {ON_TEST_DATA}.",
         sentences=(
             f"Each curve says how well the base does with rows of the ability model, {_lines(records[0])}: blue are "
             "the chosen rows, orange is the control, as many parameters in random rows.",
@@ -64,7 +67,11 @@ def _said(record: Sufficiency) -> str:
     name = CHOSEN_TUNED if CHOSEN_TUNED in record.curves else CHOSEN
     p = _headline(record, name)
     found = smallest_sufficient(record, KEEP)
-    reach = f"p = {exact(found[0])} ({found[1]}) is the smallest that keeps" if found else "no measured p keeps"
+    reach = (
+        f"p = {exact(found[0])} ({found[1]}, {ON_TEST_DATA}) is the smallest that keeps"
+        if found
+        else "no measured p keeps"
+    )
     tuned = f" and {_kept(record.kept_at(name, p))} after fine-tuning" if name == CHOSEN_TUNED else ""
     return (
         f"{record.task}: at p = {exact(p)} the chosen rows keep {_kept(record.kept_at(CHOSEN, p))} of the gain"

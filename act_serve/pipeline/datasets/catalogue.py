@@ -14,7 +14,7 @@ from act_serve.pipeline.datasets.libreoffice_help import language_lessons
 from act_serve.pipeline.datasets.order_notes import order_notes
 from act_serve.pipeline.datasets.splits import Split, split_of
 from act_serve.pipeline.datasets.word_problems import word_problems
-from act_serve.profile.schema import Data
+from act_serve.profile.schema import Data, Task
 
 MAKERS: dict[str, Callable[..., list[Example]]] = {
     "libreoffice_help": language_lessons,
@@ -38,12 +38,19 @@ def load_examples(data: Data, split: Split, count: int, seed: int) -> list[Examp
     Raises DataError when the data is missing or malformed, or when nothing is left.
     """
     if data.maker is None:
-        found = _from_files(data, split)[:count]
-    else:
-        found = _maker(data.maker)(split, count, seed, **_checked(data))
+        return _from_files(data, split)[:count]
+    found = _maker(data.maker)(split, count, seed, **_checked(data))
     if not found:
-        raise DataError(f"no {split} examples in {data.maker or data.test}; nothing can be trained or scored")
+        raise DataError(f"the data maker {data.maker} has no {split} examples; name another one, or files")
     return found
+
+
+def task_examples(task: Task, data: Data, split: Split, count: int, seed: int) -> list[Example]:
+    """As `load_examples`, from one of a task's data sections: errors name the task."""
+    try:
+        return load_examples(data, split, count, seed)
+    except DataError as exc:
+        raise DataError(f"task {task.name}: {exc}") from exc
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -89,9 +96,20 @@ def _from_files(data: Data, split: Split) -> list[Example]:
     held_out = data.validation is None and split != "test"
     named = data.train if held_out else getattr(data, split)
     if named is None:
-        raise DataError(f"the profile's data names no `{split}` file, which this build needs")
+        files = "`validation` or `train`" if split == "validation" else f"`{split}`"
+        raise DataError(
+            f"the data names no {files} file, and this build needs {split} examples; name one beside `test`"
+        )
     found = read_examples(Path(named))
-    return _held_out(found, split) if held_out else found
+    if not found:
+        raise DataError(f"{named} holds no {split} examples; it has no line but empty ones")
+    part = _held_out(found, split) if held_out else found
+    if not part:
+        raise DataError(
+            f"the {len(found)} lines of {named} leave none for validation, for which 5 % of them are held out; name a "
+            "`validation` file, or give more lines"
+        )
+    return part
 
 
 def _held_out(examples: list[Example], split: Split) -> list[Example]:

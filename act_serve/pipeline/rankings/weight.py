@@ -12,11 +12,12 @@ def weight(pair: Pair) -> dict[str, Tensor]:
     # All made before the first large tensor comes and goes: among those, they would leave gaps that those don't fit in.
     found = {name: torch.empty(count, dtype=torch.float64) for name, count in pair.channels.items()}
     for name, score_O in found.items():
-        score_O.copy_(_difference(pair, name))
+        score_O.copy_(row_differences(pair, name))
     return found
 
 
-def _difference(pair: Pair, name: str) -> Tensor:
+def row_differences(pair: Pair, name: str) -> Tensor:
+    """Root mean square of the difference of each of a module's rows, float64 `[O]`."""
     # Opened for one tensor, so that the pages of those read before don't stay mapped.
     tensors = weight_names(name)
     with open_rows(pair.base, tensors) as base, open_rows(pair.source, tensors) as source:

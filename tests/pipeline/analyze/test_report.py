@@ -16,9 +16,10 @@ from act_serve.delta.channels import OUTSIDE
 from act_serve.errors import BuildError, ProfileError
 from act_serve.pipeline import memory_use
 from act_serve.pipeline.analyze.analysis import COMPARED, PARTS, Options, Part, analyze, refuse_impossible
-from act_serve.pipeline.analyze.measure_channels import measure_heat_map
-from act_serve.pipeline.analyze.report import prepare_folder, write_report
+from act_serve.pipeline.analyze.measure_channels import measure_heat_maps
+from act_serve.pipeline.analyze.report import check_writable, write_report
 from act_serve.pipeline.analyze.subject import open_subjects
+from act_serve.pipeline.localize import localize
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.run import build
 from act_serve.profile.load import load_profile
@@ -94,9 +95,9 @@ def test_norms_head_and_embedding_are_analysed_where_included(tmp_path: Path) ->
     assert "calibrate              kept from an earlier run" in said.getvalue()
     records = json.loads((tmp_path / "out" / "analysis.json").read_text())["records"]
     assert records["concentration"][0]["channels"] == 512 + 5 * 32 + 259 + 32
-    shares = measure_heat_map(subjects[0]).mask_shares
-    assert shares.keys() >= {"norm", "lm_head", "embed_tokens", "input_layernorm", "q_proj"}
-    assert shares["lm_head"].keys() == {0}
+    for record in measure_heat_maps(subjects[0]):
+        assert record.mask_shares.keys() >= {"norm", "lm_head", "embed_tokens", "input_layernorm", "q_proj"}
+        assert record.mask_shares["lm_head"].keys() == {0}
 
 
 def test_chosen_rows_are_the_planted_ones(planted: Path, report: Path) -> None:
@@ -131,6 +132,29 @@ def test_chosen_rows_suffice_and_random_ones_do_not(numbers: dict[str, Any]) -> 
         assert kept["chosen rows"] > 0.8
         assert kept["random rows"] < 0.6
         assert kept.keys() == {"chosen rows", "random rows", "chosen rows, fine-tuned", "random rows, fine-tuned"}
+
+
+def test_the_smallest_share_is_said_to_be_chosen_on_test_data(report: Path) -> None:
+    text = report.read_text()
+    assert re.search(r"chosen rows(, fine-tuned)?, chosen and measured on the same test data\) is the smallest", text)
+    assert text.count("The smallest p is chosen and measured on the same test data.") == len(PAIR)
+
+
+def test_heat_map_shows_the_channels_that_the_build_transfers(planted: Path, report: Path) -> None:
+    screen = Screen(Console(file=io.StringIO()))
+    subject = open_subjects([profile(planted, "left", "abcdefgh")], planted / "work", screen)[0]
+    paper, own = measure_heat_maps(subject)
+    assert (paper.ranking, own.ranking) == ("activation_global", "weight_relative")
+    settings = subject.job.profile.localize
+    scores = subject.differences(subject.calibration, settings.ranking)
+    transferred = localize(list(subject.modules), scores, settings, subject.job.profile.seed)
+    counts = subject.channels
+    for layer, share in own.mask_shares["q_proj"].items():
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        assert share == len(transferred[name]) / counts[name]
+    text = report.read_text()
+    assert "<th>chosen by activation_global</th><th>chosen by weight_relative</th>" in text
+    assert "The build transfers those of weight_relative." in text
 
 
 class Page(HTMLParser):
@@ -220,7 +244,13 @@ def test_profiles_that_go_on_from_an_ability_have_no_model_to_analyse(planted: P
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(BuildError, match="--out"):
-        prepare_folder(tmp_path / "file" / "out")
+        check_writable(tmp_path / "file" / "out")
+
+
+def test_a_look_at_the_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "out")
+    check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_profiles_that_cannot_be_compared(planted: Path, tmp_path: Path) -> None:
