@@ -90,10 +90,10 @@ def _searching(profile: "Profile", keep: float | None) -> "Profile":
 
     if keep is None:
         return profile
-    if profile.source.ability is not None:
+    if profile.source.ability:
         raise ProfileError(
             f"{profile.name}: --keep asks for a share of a source model's gain, and this profile goes on from the "
-            f"ability {profile.source.ability}, with its rows and no model; build it without --keep"
+            f"ability {', '.join(profile.source.ability)}, with its rows and no model; build it without --keep"
         )
     search = profile.search or Search()
     return profile.model_copy(update={"search": search.model_copy(update={"keep": keep})})

@@ -29,6 +29,7 @@ EXTRAS = {
         "accelerate",
         "gguf",
         "jinja2",
+        "lingua",
         "matplotlib",
         "sacrebleu",
         "safetensors",

@@ -1,4 +1,8 @@
-"""A published ability whose rows are trained further: with more steps, other text or in other company."""
+"""Published abilities whose rows a build goes on from: one that is trained further, or the mean of several.
+
+Versions of an ability that were trained from one another have the same rows, and their mean can be better than each at
+what it was made for, and cost the rest less ("model soups", arXiv 2203.05482).
+"""
 
 import json
 from collections.abc import Sequence
@@ -6,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from act_serve.abilities.store import Store
-from act_serve.delta.artifact import read_artifact
 from act_serve.delta.composition import Composition
-from act_serve.delta.fingerprint import check_base, fingerprint_model
 from act_serve.delta.manifest import EVALUATION_FILE, Manifest
+from act_serve.pipeline.compose import check_bases, compose
 from act_serve.pipeline.evaluate import Question
 from act_serve.pipeline.job import Job
 from act_serve.pipeline.measure import Scores, examples_of
@@ -22,33 +25,35 @@ from act_serve.profile.schema import Profile
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """A published ability, by its manifest and the folder of its files."""
+    """Published abilities, by their manifests and the folders of their files; the first one's past stands for all."""
 
-    manifest: Manifest
-    folder: Path
+    manifests: tuple[Manifest, ...]
+    folders: tuple[Path, ...]
 
     def rows(self, job: Job) -> Stage:
-        """Its rows as the stage that fine-tuning begins with."""
+        """Their rows, of several the mean, as the stage that fine-tuning begins with."""
 
         def make(folder: Path, _report: Report) -> None:
-            save_deltas(folder, read_artifact(self.folder)[1])
+            weight = 1 / len(self.folders)
+            save_deltas(folder, compose([(artifact, weight) for artifact in self.folders], job.base))
 
-        return job.keep("transfer", {"ability": self.manifest.tensors_sha256}, make)
+        digests = [manifest.tensors_sha256 for manifest in self.manifests]
+        return job.keep("transfer", {"ability": digests[0] if len(digests) == 1 else digests}, make)
 
     def scores(self, questions: Sequence[Question]) -> dict[str, Scores]:
-        """What its build measured of `source` and `transfer`, which are not at hand any more.
+        """What the first one's build measured of `source` and `transfer`, which are not at hand any more.
 
         Only tasks by the same metric on the same examples; none of a version whose evaluation does not say on what it
         was measured.
         """
         try:
-            before = json.loads((self.folder / EVALUATION_FILE).read_bytes())["examples"]
+            before = json.loads((self.folders[0] / EVALUATION_FILE).read_bytes())["examples"]
         except (OSError, ValueError, KeyError):
             return {}
         now, metrics = examples_of(questions), {question.task.name: question.task.metric for question in questions}
         same = [
             score
-            for score in self.manifest.scores
+            for score in self.manifests[0].scores
             if score.metric == metrics.get(score.task) and before.get(score.task) == now[score.task]
         ]
         return {
@@ -57,22 +62,25 @@ class Parent:
         }
 
     def descent(self, settled: Profile, base: Path) -> Descent:
-        """What the manifest says of rows that were trained on from here."""
-        localization = self.manifest.localization
+        """What the manifest says of rows that come from here; their steps are those of the longest way to them."""
+        localization = self.manifests[0].localization
         if localization is not None:
-            steps = localization.fine_tune_steps + settled.finetune.steps
+            before = max(each.localization.fine_tune_steps for each in self.manifests if each.localization)
+            steps = before + settled.finetune.steps
             localization = localization.model_copy(update={"fine_tune_steps": steps})
-        parent = f"{self.manifest.name}@{self.manifest.version}~{self.manifest.digest}"
-        return Descent(f"trained on from {parent}", self.manifest.source_fingerprint, localization)
+        parents = ", ".join(f"{each.name}@{each.version}~{each.digest}" for each in self.manifests)
+        whence = f"the mean of {parents}" if len(self.manifests) > 1 else parents
+        source = f"trained on from {whence}" if settled.finetune.steps else whence
+        return Descent(source, self.manifests[0].source_fingerprint, localization)
 
 
-def find_parent(ability: str, store: Store, base: Path) -> Parent:
-    """The ability that a profile goes on from, `NAME` or `NAME@VERSION`.
+def find_parent(abilities: Sequence[str], store: Store, base: Path) -> Parent:
+    """The abilities that a profile goes on from, each `NAME` or `NAME@VERSION`.
 
-    Raises UnknownAbilityError when the store lacks it, BaseMismatchError when it was built for another base than the
+    Raises UnknownAbilityError when the store lacks one, BaseMismatchError when one was built for another base than the
     one in the folder `base`.
     """
-    (wanted,) = Composition.parse(ability).abilities
-    manifest = store.manifest(wanted.name, wanted.version)
-    check_base(manifest.base_fingerprint, fingerprint_model(base), what=f"{manifest.name}@{manifest.version}")
-    return Parent(manifest, store.fetch(manifest.name, manifest.version))
+    wanted = [ability for text in abilities for ability in Composition.parse(text).abilities]
+    manifests = tuple(store.manifest(ability.name, ability.version) for ability in wanted)
+    check_bases(manifests, base)
+    return Parent(manifests, tuple(store.fetch(manifest.name, manifest.version) for manifest in manifests))

@@ -59,7 +59,7 @@ def make_plan(profile: Profile, base: Path, sample: list[Example], others: Seque
         stages.append(PlannedStage("source", f"train the ability model densely, {train.steps} steps", seconds))
         peak = max(peak, whole + linear * (DENSE_BYTES + 2 * computing_dtype().itemsize))
     search = profile.search
-    if profile.source.ability is None:
+    if not profile.source.ability:
         stages.append(_calibration(profile.localize, use, seconds_per_item))
         shares = " or ".join(f"{p:.1%}" for p in (sorted(search.p) if search else (profile.localize.p,)))
         ranked = f"{shares} of the {' + '.join(('linear', *included))} parameters by {profile.localize.ranking}"
@@ -67,7 +67,8 @@ def make_plan(profile: Profile, base: Path, sample: list[Example], others: Seque
         strengths = " or ".join(f"{strength:g}" for strength in profile.transfer.strengths)
         stages.append(PlannedStage("transfer", f"copy these rows' differences, λ = {strengths}", 1.0))
     else:
-        stages.append(PlannedStage("transfer", f"take the rows of {profile.source.ability}", 1.0))
+        whose = "the rows" if len(profile.source.ability) == 1 else "the mean of the rows"
+        stages.append(PlannedStage("transfer", f"take {whose} of {', '.join(profile.source.ability)}", 1.0))
     if tune.steps:
         kept = RETENTION_STEP * tune.retention.items_per_step if tune.retention else 0.0
         taught = 1.0 if tune.loss == "distill" else 0.0
@@ -78,7 +79,7 @@ def make_plan(profile: Profile, base: Path, sample: list[Example], others: Seque
         stages.append(_validation(profile, search, seconds_per_item))
     tasks = (*profile.score, *profile.retain)
     what = ", ".join(f"{task.name} ({task.items})" for task in tasks)
-    variants = 4 if profile.source.ability is None else 2
+    variants = 2 if profile.source.ability else 4
     once = SCORED * seconds_per_item * sum(task.items for task in tasks)
     stages.append(PlannedStage("evaluate", what, variants * once))
     if others:

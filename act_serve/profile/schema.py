@@ -8,10 +8,12 @@ Ranking = Literal[
     "activation_global",
     "activation_per_module",
     "activation_relative",
+    "activation_channel_relative",
     "activation_weight",
     "gradient",
     "weight_relative",
     "weight_per_module",
+    "weight_channel_relative",
     "random",
 ]
 Memory = Literal["auto", "together", "layerwise"]
@@ -29,6 +31,7 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Strength = Annotated[float, Field(gt=0.0, le=4.0)]
 Count = Annotated[int, Field(ge=1)]
 LearningRate = Annotated[float, Field(gt=0.0, le=0.1)]
+StoredAbility = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}(@[1-9][0-9]{0,8})?$")]
 
 
 class _Section(BaseModel):
@@ -70,16 +73,24 @@ class Source(_Section):
 
     An ability model, ready-made (`model`, a folder or hub id) or trained here from the profile's data (`train`); or
     `ability`, a published one such as `es` or `es@1`, whose rows are trained further and no model is needed; under
-    another name it becomes the beginning of another ability.
+    another name it becomes the beginning of another ability. Of several, such as `[fr@1, fr@2]`, the rows are their
+    mean (arXiv 2203.05482 averages whole models so), which needs no training to be another ability.
     """
 
     model: str | None = None
     train: TrainSource | None = None
-    ability: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9_-]{0,63}(@[1-9][0-9]{0,8})?$")
+    ability: tuple[StoredAbility, ...] = ()
+
+    @field_validator("ability", mode="before")
+    @classmethod
+    def _one_or_several(cls, ability: Any) -> Any:
+        return (ability,) if isinstance(ability, str) else ability
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":
-        if sum(origin is not None for origin in (self.model, self.train, self.ability)) != 1:
+        if len(set(self.ability)) < len(self.ability):
+            raise ValueError("`ability` names one of them twice; name it once")
+        if sum(bool(origin) for origin in (self.model, self.train, self.ability)) != 1:
             raise ValueError(
                 "give one of `model` (a folder or hub id), `train` (how to train one from the data) and `ability` (a "
                 "published one to go on from)"
@@ -245,14 +256,14 @@ class Profile(_Section):
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> "Profile":
-        if self.source.ability is None:
+        if not self.source.ability:
             return self
         chosen = [name for name in ("localize", "transfer", "search") if name in self.model_fields_set]
         if chosen or self.finetune.loss == "distill":
             what = chosen[0] if chosen else "finetune.loss: distill"
             raise ValueError(f"`{what}` needs an ability model; `source.ability` brings its rows and no model")
-        if not self.finetune.steps:
-            raise ValueError("with `source.ability`, finetune.steps must be at least 1, or nothing would change")
+        if not self.finetune.steps and len(self.source.ability) == 1:
+            raise ValueError("with one `source.ability`, finetune.steps must be at least 1, or nothing would change")
         return self
 
     @model_validator(mode="after")

@@ -68,6 +68,22 @@ def test_relative_differs_by_one_factor_per_module(pair: Pair) -> None:
         torch.testing.assert_close(positive, positive[:1].expand_as(positive))
 
 
+@pytest.mark.parametrize("kind", ["activation", "weight"])
+def test_relative_to_the_channel_is_a_share_of_its_own_size(pair: Pair, kind: str) -> None:
+    """A row that grows tenfold in both models has the same share of change."""
+    plain: Ranking = "activation_global" if kind == "activation" else "weight_relative"
+    relative: Ranking = "activation_channel_relative" if kind == "activation" else "weight_channel_relative"
+    before = scores(plain, pair)[MODULE], scores(relative, pair)[MODULE]
+    row = int(before[0].argmax())
+    for folder in (pair.base, pair.source):
+        model = load_model(folder, dtype="float32")
+        model.get_submodule(MODULE).weight.data[row] *= 10
+        model.save_pretrained(folder)
+    after = scores(plain, pair)[MODULE], scores(relative, pair)[MODULE]
+    torch.testing.assert_close(after[0][row], 10 * before[0][row], rtol=0.02, atol=0)
+    torch.testing.assert_close(after[1][row], before[1][row], rtol=0.02, atol=0)
+
+
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def whole_pair(tmp_path: Path, request: pytest.FixtureRequest) -> Pair:
     """Two models that differ in norms, lm_head and embedding, too."""

@@ -395,6 +395,31 @@ def test_a_published_ability_is_trained_further_without_its_model(tmp_path: Path
     assert said.count("kept from an earlier run") == said.count("✓")
 
 
+def test_the_mean_of_versions_is_published_without_training(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    first, _ = build(tmp_path, profile_file(tmp_path))
+    second, _ = build(tmp_path, profile_file(tmp_path, finetune={"steps": 6, "batch_size": 2, "items": 5}))
+    path = profile_file(tmp_path, source={"ability": ["demo@1", "demo@2"]}, finetune={"steps": 0})
+    content = yaml.safe_load(path.read_text())
+    del content["localize"]
+    path.write_text(yaml.safe_dump(content))
+    third, said = build(tmp_path, path)
+    assert "take the mean of the rows of demo@1, demo@2" in " ".join(said.split())
+    (one, rows), (two, others), (mean, found) = (read_artifact(folder) for folder in (first, second, third))
+    assert any(not torch.equal(rows[name].delta, others[name].delta) for name in rows)
+    for name, module in found.items():
+        assert torch.equal(module.rows, rows[name].rows)
+        expected = (rows[name].delta.float() + others[name].delta.float()) / 2
+        torch.testing.assert_close(module.delta.float(), expected, rtol=2**-8, atol=0)
+    assert mean.source == f"the mean of demo@1~{one.digest}, demo@2~{two.digest}"
+    assert mean.localization is not None
+    assert mean.localization.fine_tune_steps == 6
+    scores = {score.task: score for score in mean.scores}
+    assert scores["demo_nll"].source is not None
+    path.write_text(yaml.safe_dump({**content, "source": {"ability": ["demo@1", "demo@1"]}}))
+    with pytest.raises(ProfileError, match="twice"):
+        load_profile(path)
+
+
 def test_what_an_ability_goes_on_from_must_fit(tmp_path: Path, pair: dict[str, list[int]]) -> None:
     path = profile_file(tmp_path, source={"ability": "absent"})
     with pytest.raises(ProfileError, match="brings its rows and no model"):

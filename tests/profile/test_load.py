@@ -98,7 +98,7 @@ def test_a_profile_takes_what_it_lacks_from_the_one_it_extends(tmp_path: Path) -
     more = tmp_path / "more.yaml"
     more.write_text("extends: demo.yaml\nsource: {ability: demo}\nlocalize:\nseed: 3\n", encoding="utf-8")
     profile, extended = load_profile(more), load_profile(tmp_path / "demo.yaml")
-    assert (profile.seed, profile.source.ability) == (3, "demo")
+    assert (profile.seed, profile.source.ability) == (3, ("demo",))
     assert "localize" not in profile.model_fields_set
     assert (profile.name, profile.data, profile.score) == (extended.name, extended.data, extended.score)
 

@@ -22,7 +22,7 @@ def test_rebuilding_makes_every_version_before_a_profile_names_it(tmp_path: Path
     versions: Counter[str] = Counter()
     for path in re.findall(r"profiles/abilities/\S+\.yaml", "\n".join(builds)):
         profile = load_profile(ROOT / path)
-        named = [*profile.finetune.company, *([profile.source.ability] if profile.source.ability else [])]
+        named = [*profile.finetune.company, *profile.source.ability]
         for ability in (each for text in named for each in Composition.parse(text).abilities):
             assert versions[ability.name] >= (ability.version or 1), f"{path} names {ability.name} {ability.version}"
         versions[profile.name] += 1

@@ -104,10 +104,11 @@ def open_subjects(profiles: Sequence[Profile], builds: Path, screen: Screen) -> 
     PairMismatchError for a bad pair.
     """
     for profile in profiles:
-        if profile.source.ability is not None:
+        if profile.source.ability:
+            whence = ", ".join(profile.source.ability)
             raise ProfileError(
-                f"{profile.name} goes on from the ability {profile.source.ability} and has no ability model to compare "
-                "with the base; analyze a profile with source.model or source.train, such as the one it extends"
+                f"{profile.name} goes on from the ability {whence} and has no ability model to compare with the base; "
+                "analyze a profile with source.model or source.train, such as the one it extends"
             )
     names = [profile.name for profile in profiles]
     if len(set(names)) < len(names):
