@@ -45,6 +45,7 @@ abilities: .venv/installed ## rebuild the shipped abilities from their profiles,
 	$(BIN)/act-serve build-delta --store $(REBUILD) profiles/abilities/fr-2.yaml
 	$(BIN)/act-serve build-delta --store $(REBUILD) profiles/abilities/reason-4.yaml
 	$(BIN)/act-serve build-delta --store $(REBUILD) $(addprefix profiles/abilities/,extract-3.yaml de-2.yaml reason-5.yaml)
+	$(BIN)/act-serve build-delta --store $(REBUILD) $(addprefix profiles/abilities/,es-3.yaml es-4.yaml fr-3.yaml)
 
 bench: .venv/installed ## throughput of the engine, as ratios to the base model
 	$(BIN)/python -m benchmarks.engine_throughput $(ARGS)

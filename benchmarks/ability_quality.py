@@ -38,7 +38,7 @@ from benchmarks.ability_controls import controls
 from benchmarks.ability_tables import TABLES
 
 QUICK_ITEMS = 16
-TRIPLE = "extract+fr@2+reason"
+TRIPLE = "extract+fr+reason"
 OF_SOURCES = frozenset({"quality", "repair", "controls"})
 
 

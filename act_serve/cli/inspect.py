@@ -8,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     from act_serve.delta.manifest import Manifest
 
-ArtifactArgument = Annotated[Path, typer.Argument(help="Artifact folder, such as abilities/fr/2.")]
+ArtifactArgument = Annotated[Path, typer.Argument(help="Artifact folder, such as abilities/fr/3.")]
 PngOption = Annotated[Path | None, typer.Option("--png", help="Also draw the pictures into this file.")]
 
 
