@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +49,15 @@ def encode(base: Path, prompts: list[str]) -> list[list[int]]:
     return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
 
 
-@contextmanager
-def every_core() -> Iterator[None]:
-    """For what runs after the engine, which needed a core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @torch.inference_mode()
-@every_core()
 def forced(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> tuple[list[int], torch.Tensor]:
     """transformers' greedy choice at every position of a given answer, and the answer's log-probabilities.
 
     An answer that equals the choices is transformers' own greedy answer, by induction over its positions; one pass
     shows it, where generating would take one pass per token.
     """
-    logprobs = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    logits = model(torch.tensor([prompt + answer]), logits_to_keep=len(answer) + 1).logits
+    logprobs = logits[0, :-1].log_softmax(-1)
     return logprobs.argmax(-1).tolist(), logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
