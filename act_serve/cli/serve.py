@@ -125,7 +125,8 @@ def _welcome(settings: ServerSettings, base: str, url: str) -> str:
 
     entries = Catalogue(open_store(settings.store)).refresh().entries.values()
     shown = [f"  {e.name}@{e.active.version}  {e.active.manifest.description}" for e in entries if e.active.manifest]
-    body: dict[str, object] = {"messages": [{"role": "user", "content": "Translate to French: The cat sleeps."}]}
+    message = {"role": "user", "content": "Translate to French: The cat sleeps."}
+    body: dict[str, object] = {"messages": [message], "max_tokens": 60}  # an ability of any other kind may ramble
     some = next((e.name for e in entries if e.active.manifest), None)
     if some is not None:
         body["abilities"] = ["fr" if any(e.name == "fr" for e in entries) else some]
