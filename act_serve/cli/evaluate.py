@@ -3,9 +3,11 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from act_serve.errors import RequestError
 
 if TYPE_CHECKING:
     from act_serve.models.examples import Example
@@ -52,6 +54,8 @@ def evaluate(
     """Score a base with abilities on a task file. Without --metric, the examples say which metrics make sense."""
     if (task is None) == (lm_eval is None):
         raise typer.BadParameter("give a task file, or --lm-eval with names of tasks")
+    if json_file is not None:
+        _check_writable(json_file)
     if lm_eval is not None:
         _harness(
             [name for name in lm_eval.split(",") if name], lm_eval_include, abilities, base, store, items, json_file
@@ -93,7 +97,7 @@ def evaluate(
             "scores": {name: found.score for name, found in scores.items()},
             "intervals": {name: found.interval for name, found in scores.items()},
         }
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        _write(json_file, result)
 
 
 def _harness(
@@ -122,7 +126,28 @@ def _harness(
     Console().print(table)
     if json_file is not None:
         result = {"base": base, "abilities": abilities, "lm_eval": [asdict(found) for found in scores]}
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        _write(json_file, result)
+
+
+def _check_writable(file: Path) -> None:
+    """Raises RequestError when the file can't be written, before minutes are spent on what goes in there."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8"):
+            pass
+    except OSError as exc:
+        raise _unwritable(file, exc) from exc
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    try:
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as exc:
+        raise _unwritable(file, exc) from exc
+
+
+def _unwritable(file: Path, exc: OSError) -> RequestError:
+    return RequestError(f"the scores can't be written to {file}: {exc.strerror}; give another file with --json")
 
 
 def _fitting(examples: list["Example"], language: str | None) -> list[str]:

@@ -103,6 +103,16 @@ def main() -> None:
         if extra is None:
             raise
         _fail(MissingExtraError(module, extra))
+    except (MemoryError, RuntimeError) as exc:
+        if not _out_of_memory(exc):
+            raise
+        _fail(ActServeError(f"out of memory ({exc}); end what else uses it, or take a smaller model"))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    from act_serve.models.free_memory import out_of_memory
+
+    return out_of_memory(error)
 
 
 def _fail(error: ActServeError) -> NoReturn:

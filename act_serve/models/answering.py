@@ -1,4 +1,4 @@
-"""Greedy answers and likelihoods of a model, in batches.
+"""Greedy answers and likelihoods of a model, in batches, and in smaller ones where memory is too little for these.
 
 Shapes: B items, T tokens, N answer positions.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from act_serve.models.examples import Batch, Encoded, Example, collate, encode_prompt, padded_length
+from act_serve.models.free_memory import in_parts
 
 
 def answer_logits(model: Any, batch: Batch) -> Tensor:
@@ -31,7 +32,9 @@ def answers(
     found = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        texts = _generate(model, tokenizer, [prompts[index] for index in chosen], max_new_tokens)
+        texts = in_parts(
+            lambda part: _generate(model, tokenizer, part, max_new_tokens), [prompts[index] for index in chosen]
+        )
         for index, text in zip(chosen, texts, strict=True):
             found[index] = text
     return found
@@ -43,19 +46,23 @@ def nll_sums(model: Any, items: Sequence[Encoded], *, pad_id: int, batch_size: i
     found = [(0.0, 0)] * len(items)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = collate([items[index] for index in chosen], pad_id)
-        with torch.inference_mode():
-            logits_NV = answer_logits(model, batch)
-            nll_N = torch.nn.functional.cross_entropy(
-                logits_NV, batch.targets_N.to(logits_NV.device), reduction="none"
-            ).cpu()
-        counts = batch.predicts_BT.sum(dim=1).tolist()
-        for index, count, nll in zip(chosen, counts, nll_N.split(counts), strict=True):
-            found[index] = (float(nll.double().sum()), count)
+        sums = in_parts(lambda part: _nll_sums(model, part, pad_id), [items[index] for index in chosen])
+        for index, each in zip(chosen, sums, strict=True):
+            found[index] = each
     return found
 
 
-def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+def _nll_sums(model: Any, items: Sequence[Encoded], pad_id: int) -> list[tuple[float, int]]:
+    batch = collate(items, pad_id)
+    with torch.inference_mode():
+        logits_NV = answer_logits(model, batch)
+        targets_N = batch.targets_N.to(logits_NV.device)
+        nll_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").cpu()
+    counts = batch.predicts_BT.sum(dim=1).tolist()
+    return [(float(nll.double().sum()), count) for count, nll in zip(counts, nll_N.split(counts), strict=True)]
+
+
+def _generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
     device = next(model.parameters()).device
     length = padded_length(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from act_serve.models.examples import Example
+from act_serve.models.free_memory import in_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ def choice_likelihoods(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         with torch.inference_mode():
-            sums = _likelihoods(model, [packed[index] for index in chosen])
+            sums = in_parts(lambda part: _likelihoods(model, part), [packed[index] for index in chosen])
         for index, values in zip(chosen, sums, strict=True):
             found[index] = values
     return found

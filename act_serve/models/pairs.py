@@ -10,7 +10,7 @@ from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.errors import ModelError, PairMismatchError
 from act_serve.models.families import channel_modules, read_config
 from act_serve.models.loading import load_tokenizer
-from act_serve.models.row_reader import RowReader, open_rows
+from act_serve.models.row_reader import open_rows
 
 _SAME = (
     "model_type",
@@ -26,6 +26,11 @@ _SAME = (
     "attention_bias",
     "mlp_bias",
 )
+
+# Text on which tokenizers of one vocabulary differ when their merges, their normalisation or the way they split do.
+_PROBE = """The quick brown fox's 12,345.67 jumps — over  two   spaces!
+\tdef naïve_façade(x): return {"clé": [x**2, 0xFF]}  # ÄÖÜ ß ñ ¿qué?
+Здравствуй, мир. 你好，世界。こんにちは 안녕하세요 مرحبا ½ ﬁ 👋🏽"""
 
 
 def check_pair(base: Path, source: Path, include: Sequence[str] = ()) -> None:
@@ -71,13 +76,24 @@ def differing_maths(base: Path, source: Path) -> str:
     )
 
 
+def differing_templates(base: Path, source: Path) -> str:
+    """Says that both models were taught another form of conversation; empty where it is the same."""
+    left, right = (load_tokenizer(folder) for folder in (base, source))
+    if left.chat_template == right.chat_template:
+        return ""
+    return (
+        "base and ability model have different chat templates: the model is scored with its own, and the ability with "
+        "the base's, as it is served"
+    )
+
+
 def others_that_differ(base: Path, source: Path, include: Sequence[str] = ()) -> int:
     """The number of tensors that differ and lie in no module that holds channels; reads them all."""
+    covered = {f"{module.name}.{kind}" for module in channel_modules(base, include) for kind in ("weight", "bias")}
     with open_rows(base) as left, open_rows(source) as right:
-        modules = channel_modules(base, include)
-        covered = {f"{module.name}.{kind}" for module in modules for kind in ("weight", "bias")}
-        others = (set(left.names()) | set(right.names())) - covered
-        return sum(not _same(left, right, name) for name in others)
+        mine, other = set(left.names()), set(right.names())
+    alone, common = mine ^ other, mine & other
+    return len(alone - covered) + sum(not _same(base, source, name) for name in common - covered)
 
 
 def left_out(count: int) -> str:
@@ -93,10 +109,13 @@ def _maths(folder: Path) -> dict[str, Any]:
     return {**found, **found["rope"], "rope": None}
 
 
-def _same(left: RowReader, right: RowReader, name: str) -> bool:
-    if name not in left.names() or name not in right.names() or left.shape(name) != right.shape(name):
-        return False
-    return torch.equal(left.tensor(name).float(), right.tensor(name).float())
+def _same(base: Path, source: Path, name: str) -> bool:
+    """Whether both have the same values; opened for this tensor alone, as what was read stays mapped."""
+    with open_rows(base, [name]) as left, open_rows(source, [name]) as right:
+        return left.shape(name) == right.shape(name) and all(
+            torch.equal(*(block.float() for block in blocks))
+            for blocks in zip(left.blocks(name), right.blocks(name), strict=True)
+        )
 
 
 def _value(config: Mapping[str, Any], field: str) -> Any:
@@ -110,7 +129,8 @@ def _value(config: Mapping[str, Any], field: str) -> Any:
 
 
 def _check_tokenizers(base: Path, source: Path) -> None:
-    left, right = load_tokenizer(base).get_vocab(), load_tokenizer(source).get_vocab()
+    tokenizers = load_tokenizer(base), load_tokenizer(source)
+    left, right = (tokenizer.get_vocab() for tokenizer in tokenizers)
     for folder, tokens in ((base, left.keys() - right.keys()), (source, right.keys() - left.keys())):
         if tokens:
             raise PairMismatchError(
@@ -123,6 +143,15 @@ def _check_tokenizers(base: Path, source: Path) -> None:
             f"the tokenizers of {base} and {source} differ: {len(moved)} tokens have another id, for example "
             f"{', '.join(moved[:5])}; a delta needs two models of one vocabulary"
         )
+    for line in _PROBE.splitlines():
+        mine, other = (tokenizer.tokenize(line) for tokenizer in tokenizers)
+        if mine != other:
+            at = next((n for n, pair in enumerate(zip(mine, other, strict=False)) if pair[0] != pair[1]), 0)
+            raise PairMismatchError(
+                f"the tokenizers of {base} and {source} have one vocabulary and split text differently: of {line!r} "
+                f"the base makes {mine[at : at + 4]} where the ability model has {other[at : at + 4]}; a delta "
+                "needs two models of one tokenizer"
+            )
 
 
 def _check_shapes(base: Path, source: Path, include: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from act_serve.delta.channels import EMBEDDING, kind_of
 from act_serve.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
+_BLOCK = 4096
 
 
 def as_rows(module: str, weight: Tensor) -> Tensor:
@@ -47,6 +48,15 @@ class RowReader:
     def tensor(self, name: str) -> Tensor:
         """The whole tensor `name`; raises ModelError when there is none."""
         return self._shard(name).get_tensor(name)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The tensor `name` in parts of at most `_BLOCK` rows or entries, in their order."""
+        shape, view = self.shape(name), self._shard(name).get_slice(name)
+        if not shape:
+            yield self.tensor(name)
+            return
+        for start in range(0, shape[0], _BLOCK):
+            yield view[start : min(start + _BLOCK, shape[0])]
 
     def weight_name(self, module: str) -> str:
         """Name of the tensor that holds the module's weight, or would if it is missing."""

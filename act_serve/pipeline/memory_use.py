@@ -47,6 +47,12 @@ def memory_use(ranking: Ranking, memory: Memory, base: Path, include: Sequence[s
     return MemoryUse(True, f"layer by layer: the pair needs {_gib(needed)}, {_gib(free)} are free")
 
 
+def fits(folder: Path) -> bool:
+    """Whether this one model can be run in the memory that is free, as far as the system says."""
+    free = free_bytes()
+    return free is None or _HEADROOM * model_bytes(folder) <= free
+
+
 def can_go_layerwise(ranking: Ranking, base: Path, include: Sequence[str] = ()) -> bool:
     """Whether one layer of each model at a time is enough.
 

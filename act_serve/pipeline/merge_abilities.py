@@ -1,5 +1,6 @@
 """Merges abilities of a store into a new ability."""
 
+import json
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import ModuleDelta, read_artifact
 from act_serve.delta.fingerprint import check_base
-from act_serve.delta.manifest import Manifest, Merge, Parent, Stored
+from act_serve.delta.manifest import EVALUATION_FILE, Manifest, Merge, Parent, Stored
 from act_serve.pipeline.conflict import conflict
 from act_serve.pipeline.merge import Share, merge_deltas
 from act_serve.pipeline.merge_recipe import Recipe
@@ -62,16 +63,19 @@ def publish_merged(
 ) -> Path:
     """Merges, writes the next version of the ability `name` into `store`, and returns its folder.
 
-    Licences, languages and exemplars are those of all parents. Raises StoreError when the store can't be written and
-    DataError when nothing is left of the parents.
+    Its evaluation.json holds the conflict figures of every pair, and no scores: nothing is measured here. Licences,
+    languages and exemplars are those of all parents. Raises StoreError when the store can't be written and DataError
+    when nothing is left of the parents.
     """
     manifests = [part.manifest for part in parts]
+    found = {"+".join(pair): figures for pair, figures in conflicts(parts).items()}
     kinds = {manifest.kind for manifest in manifests}
     return publish_deltas(
         store=store,
         deltas=merge_parts(recipe, parts),
         channels={module: entry.out_features for m in manifests for module, entry in m.modules.items()},
         stored=stored,
+        files={EVALUATION_FILE: (json.dumps({"conflicts": found}, indent=2) + "\n").encode()},
         name=name,
         kind=kinds.pop() if len(kinds) == 1 else "other",
         languages=_all(manifest.languages for manifest in manifests),

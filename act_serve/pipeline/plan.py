@@ -9,10 +9,10 @@ import torch
 
 from act_serve.models.answering import answer_logits
 from act_serve.models.examples import Example, collate, encode
-from act_serve.models.families import channel_modules, layer_and_projection
+from act_serve.models.families import channel_modules, is_mixture, layer_and_projection, read_config
 from act_serve.models.layerwise import watch_layers
 from act_serve.models.loading import computing_dtype, load_model, load_tokenizer
-from act_serve.pipeline.memory_use import MemoryUse, memory_use, model_bytes
+from act_serve.pipeline.memory_use import MemoryUse, fits, memory_use, model_bytes
 from act_serve.pipeline.rankings.catalogue import RANKINGS
 from act_serve.pipeline.search_tasks import search_tasks
 from act_serve.profile.schema import Localize, Profile, Search
@@ -49,7 +49,8 @@ def make_plan(profile: Profile, base: Path, sample: list[Example], others: Seque
     """
     included = profile.localize.include
     use = memory_use(profile.localize.ranking, profile.localize.memory, base, included)
-    seconds_per_item, whole = _forward_cost(base, sample, use.layerwise), model_bytes(base)
+    one_layer = use.layerwise or not (fits(base) or is_mixture(read_config(base)))  # mixtures have no way around it
+    seconds_per_item, whole = _forward_cost(base, sample, one_layer), model_bytes(base)
     stages = []
     linear = sum(module.out_features * module.in_features for module in channel_modules(base))
     peak = whole if use.layerwise else 2 * whole
@@ -104,11 +105,11 @@ def _validation(profile: Profile, search: Search, seconds_per_item: float) -> Pl
     return PlannedStage("validate", f"at every p, {what}", seconds)
 
 
-def _forward_cost(base: Path, sample: list[Example], layerwise: bool) -> float:
+def _forward_cost(base: Path, sample: list[Example], one_layer: bool) -> float:
     """Seconds of one forward pass per item; from the first layer alone where the model may not fit."""
     tokenizer = load_tokenizer(base)
     batch = collate([encode(tokenizer, example) for example in sample], tokenizer.pad_token_id or 0)
-    if layerwise:
+    if one_layer:
         modules = channel_modules(base)
         first = [module.name for module in modules if layer_and_projection(module.name)[0] == 0]
         start = time.monotonic()

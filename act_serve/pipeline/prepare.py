@@ -6,7 +6,7 @@ from rich.markup import escape
 
 from act_serve.abilities.store import Store
 from act_serve.models.loading import resolve_model
-from act_serve.models.pairs import check_pair, differing_maths, left_out, others_that_differ
+from act_serve.models.pairs import check_pair, differing_maths, differing_templates, left_out, others_that_differ
 from act_serve.pipeline.budget import settle_budget
 from act_serve.pipeline.candidate import strength_question
 from act_serve.pipeline.job import Job
@@ -39,8 +39,9 @@ def prepare(profile: Profile, *, store: Store, work: Path, screen: Screen) -> tu
 def _check_source(job: Job, source: Path) -> None:
     include = job.profile.localize.include
     check_pair(job.base, source, include)
-    if differing := differing_maths(job.base, source):
-        job.screen.note(f"[yellow]warning[/yellow]: {escape(differing)}")
+    for differing in (differing_maths(job.base, source), differing_templates(job.base, source)):
+        if differing:
+            job.screen.note(f"[yellow]warning[/yellow]: {escape(differing)}")
     if count := others_that_differ(job.base, source, include):
         job.screen.note(left_out(count))
 

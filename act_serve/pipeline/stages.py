@@ -85,7 +85,8 @@ def run_stage(
         if not out_of_memory(exc):
             raise
         raise BuildError(
-            f"stage {name} ran out of memory; use smaller batches or a smaller model pair. Earlier stages are kept"
+            f"stage {name} ran out of memory; end what else uses it, lower batch_size of source.train and finetune and "
+            "finetune.retention.items_per_step, or use a smaller model pair. Earlier stages are kept"
         ) from exc
     finally:
         shutil.rmtree(staging, ignore_errors=True)

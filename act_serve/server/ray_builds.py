@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 
 from act_serve.abilities.location import absolute, is_url
+from act_serve.delta.composition import Composition
 from act_serve.errors import BuildError, EngineError, ProfileError
 from act_serve.home import HOME_VARIABLE
 from act_serve.profile.schema import Profile
@@ -58,13 +59,15 @@ def build_on_ray(
         show: told of all builds twice a second.
 
     Raises:
-        ProfileError: two profiles have the same name.
+        ProfileError: two profiles have the same name, or one needs the latest version of what another one builds.
         BuildError: `store` or `work` can't be written.
         EngineError: there is no cluster at `address`.
     """
     names = [profile.name for profile in profiles]
     if len(set(names)) < len(names):
         raise ProfileError(f"two profiles build the same ability: {', '.join(sorted(names))}")
+    for profile in profiles:
+        _refuse_waiting(profile, names)
     store, work = absolute(store), work.absolute()
     with _cluster(address), _mark([work] if is_url(store) else [Path(store), work]) as mark:
         board = Board.options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()  # type: ignore[attr-defined]
@@ -73,6 +76,17 @@ def build_on_ray(
         orders = [Order(each, store, work, mark, _environment(), Path.cwd(), threads) for each in profiles]
         task = ray.remote(run_order).options(max_retries=RETRIES, **options)
         return _collect({task.remote(order, board): order.profile.name for order in orders}, names, board, show)
+
+
+def _refuse_waiting(profile: Profile, names: Sequence[str]) -> None:
+    """All builds begin at once, so that which version is the latest would be a matter of luck."""
+    needed = Composition.parse("+".join((*profile.source.ability, *profile.finetune.company))).abilities
+    waits_for = sorted({each.name for each in needed if each.version is None and each.name in names})
+    if waits_for:
+        raise ProfileError(
+            f"{profile.name} goes on from, or in company of, {', '.join(waits_for)}, which is built at the same time; "
+            f"name a version that is there already, such as {waits_for[0]}@1, or build one after the other"
+        )
 
 
 def _collect(waiting: dict[Any, str], names: Sequence[str], board: Any, show: Show) -> list[Outcome]:

@@ -1,7 +1,7 @@
 """`act-serve eval --lm-eval` on a task of a local file; nothing is fetched."""
 
 import json
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,6 @@ from act_serve.errors import ActServeError, DataError, MissingExtraError
 from tests.pipeline.test_export import UP, publish
 from tests.tiny_models import make_llama
 
-HARNESS = all(find_spec(name) for name in ("lm_eval", "datasets"))
-needs_harness = pytest.mark.skipif(not HARNESS, reason="lm-evaluation-harness is not installed: the extra lm-eval")
 TASK = """
 task: {name}
 dataset_path: json
@@ -55,7 +53,6 @@ def call(home: Path, tasks: str, *words: object) -> dict[str, object]:
     return json.loads((home / "scores.json").read_text())
 
 
-@needs_harness
 @pytest.mark.slow
 def test_a_local_task_is_scored_with_the_composition(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.models.huggingface import HFLM
@@ -82,7 +79,6 @@ def test_a_local_task_is_scored_with_the_composition(home: Path, monkeypatch: py
     assert base != composed, "the abilities must be attached while the harness asks"
 
 
-@needs_harness
 @pytest.mark.slow
 def test_unknown_tasks_and_missing_data_are_said(home: Path) -> None:
     with pytest.raises(DataError, match="no_such_task"):
@@ -91,8 +87,8 @@ def test_unknown_tasks_and_missing_data_are_said(home: Path) -> None:
         call(home, "no_data")
 
 
-@pytest.mark.skipif(HARNESS, reason="lm-evaluation-harness is installed")
-def test_without_the_harness_the_extra_is_named(home: Path) -> None:
+def test_without_the_harness_the_extra_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingExtraError, match="lm-eval"):
         call(home, "tiny_choice")
 

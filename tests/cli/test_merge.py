@@ -1,5 +1,6 @@
 """`act-serve merge` on a tiny store: a new version with its parents, or the checkpoint that export gives."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,9 @@ def test_a_merge_is_a_new_version_with_its_parents(home: Path) -> None:
     assert second.merge is not None
     assert [parent.name for parent in second.merge.parents] == ["two", "one"]
     assert second.stored == "int8"
+    evaluation = json.loads((home / "abilities" / "both" / "2" / "evaluation.json").read_text())
+    assert evaluation["conflicts"].keys() == {"two@1+one@1"}
+    assert evaluation["conflicts"]["two@1+one@1"]["rows"] > 0
     shown = call("inspect", "abilities/both/2")
     assert "two@1*1 + one@1*1 by priority" in shown
 

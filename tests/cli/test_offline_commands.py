@@ -1,6 +1,7 @@
 """The offline commands on a tiny model, as a user calls them."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from act_serve.cli.main import app
+from act_serve.cli.main import app, main
 from act_serve.delta.artifact import ModuleDelta
-from act_serve.errors import ActServeError, ArtifactDamagedError, DataError, ProfileError
+from act_serve.errors import ActServeError, ArtifactDamagedError, DataError, ProfileError, RequestError
+from act_serve.pipeline import compose
 from tests.pipeline.test_export import UP, publish
 from tests.tiny_models import make_llama
 
@@ -100,6 +102,33 @@ def test_mistakes_are_our_own_errors(home: Path, words: tuple[str, ...], monkeyp
     with pytest.raises(ActServeError):
         call(*words, "--base", "base", "--store", "store")
     assert not (home / "merged").exists()
+
+
+def test_scores_that_cannot_be_written_are_refused_before_anything_is_scored(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compose, "score_composition", lambda **_: pytest.fail("scored first"))
+    common = ("--base", home / "base", "--store", home / "store")
+    with pytest.raises(
+        RequestError, match=r"can't be written to .*task\.jsonl/scores\.json: .*another file with --json"
+    ):
+        call("eval", home / "task.jsonl", *common, "--json", home / "task.jsonl" / "scores.json")
+
+
+def test_too_little_memory_is_an_error_of_ours(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scored(**_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(compose, "score_composition", scored)
+    monkeypatch.setattr(sys, "argv", ["act-serve", "eval", str(home / "task.jsonl")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == ActServeError.exit_code
+    assert (
+        "act-serve: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); end what" in capsys.readouterr().err
+    )
 
 
 SHIPPED = Path(__file__).parents[2] / "profiles" / "abilities"

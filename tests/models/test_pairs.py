@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from act_serve.errors import ModelError, PairMismatchError
-from act_serve.models.pairs import check_pair, differing_maths
+from act_serve.models import row_reader
+from act_serve.models.pairs import check_pair, differing_maths, differing_templates, others_that_differ
 from tests.tiny_models import make_llama, make_qwen, make_tokenizer
 
 
@@ -30,6 +33,43 @@ def test_added_token(tmp_path: Path) -> None:
     tokenizer.save_pretrained(source)
     with pytest.raises(PairMismatchError, match="<new>"):
         check_pair(base, source)
+
+
+def test_one_vocabulary_split_in_another_way(tmp_path: Path) -> None:
+    base, source = make_llama(tmp_path / "a"), make_llama(tmp_path / "b")
+    path = source / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    lowercase = {"type": "Lowercase"}
+    path.write_text(json.dumps({**settings, "normalizer": lowercase}))
+    with pytest.raises(PairMismatchError, match=r"split text differently: of \"The quick.*base makes \['T', 'h'"):
+        check_pair(base, source)
+
+
+def test_other_chat_template_is_said(tmp_path: Path) -> None:
+    base, source = make_llama(tmp_path / "a"), make_llama(tmp_path / "b")
+    assert differing_templates(base, source) == ""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(source)
+    assert "different chat templates" in differing_templates(base, source)
+
+
+def test_tensors_outside_the_channels_are_compared_part_by_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_reader, "_BLOCK", 7)
+    base, source = make_llama(tmp_path / "a"), tmp_path / "b"
+    assert others_that_differ(base, base) == 0
+    source.mkdir()
+    for file in base.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"][-1, -1] += 1.0
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    tensors["model.layers.0.mlp.up_proj.weight"] += 1.0  # channels: no others
+    tensors["only.here"] = torch.ones(1)
+    save_file(tensors, source / "model.safetensors")
+    assert others_that_differ(base, source) == 3
 
 
 def test_config_that_lies(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from act_serve.delta.artifact import read_artifact
 from act_serve.errors import BuildError, ProfileError
 from act_serve.models.examples import Example
 from act_serve.models.families import channel_modules
-from act_serve.models.loading import computing_dtype
+from act_serve.models.loading import computing_dtype, load_model
 from act_serve.pipeline import memory_use as decision
+from act_serve.pipeline import plan
 from act_serve.pipeline.calibrate import score_channels
 from act_serve.pipeline.localize import localize
 from act_serve.pipeline.memory_use import memory_use, model_bytes
@@ -69,6 +70,25 @@ def test_build_layer_by_layer_says_so(tmp_path: Path, pair: tuple[Path, Path], m
     layered, said = build(tmp_path, profile_file(tmp_path, name="layered", localize=settings, finetune={"steps": 0}))
     assert "layer by layer: the pair needs" in " ".join(said.split())
     assert read_artifact(together)[0].tensors_sha256 == read_artifact(layered)[0].tensors_sha256
+
+
+def test_a_plan_never_loads_what_does_not_fit(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rankings that read weights alone localize a pair of any size, and their plan must not be what needs the base."""
+    profile = load_profile(profile_file(tmp_path, localize={"p": 0.125, "ranking": "weight_relative"}))
+    loaded: list[Path] = []
+
+    def load(folder: Path) -> object:
+        loaded.append(folder)
+        return load_model(folder)
+
+    monkeypatch.setattr(plan, "load_model", load)
+    assert plan.make_plan(profile, pair[0], TEXTS).stages
+    assert loaded == [pair[0]]
+    monkeypatch.setattr(decision, "free_bytes", lambda: 1)
+    assert all(stage.seconds > 0 for stage in plan.make_plan(profile, pair[0], TEXTS).stages)
+    assert loaded == [pair[0]]
 
 
 def test_gradient_needs_the_whole_model(tmp_path: Path, pair: tuple[Path, Path]) -> None:

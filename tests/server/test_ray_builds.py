@@ -16,6 +16,7 @@ from act_serve.delta.artifact import read_artifact
 from act_serve.errors import BuildError, EngineError, ProfileError
 from act_serve.profile.load import load_profile
 from act_serve.profile.schema import Profile
+from act_serve.server import ray_builds
 from act_serve.server.ray_build_task import LOG, Outcome, _require_shared
 from act_serve.server.ray_builds import Progress, build_on_ray
 from tests.tiny_models import make_llama, plant
@@ -106,6 +107,36 @@ def test_same_ability_twice(pair: Path) -> None:
     profile: Profile = load_profile(profile_file(pair, "twin"))
     with pytest.raises(ProfileError, match="same ability"):
         build_on_ray([profile, profile], store=pair, work=pair, address="local", show=lambda _: None)
+
+
+def test_what_needs_another_build_is_not_begun_with_it(pair: Path) -> None:
+    first, second = (load_profile(profile_file(pair, name)) for name in ("first", "second"))
+    finetune = second.finetune.model_copy(update={"company": ("first*0.5", "other@2")})
+    waiting = second.model_copy(update={"finetune": finetune})
+    with pytest.raises(ProfileError, match=r"second goes on from, or in company of, first, .* such as first@1"):
+        build_on_ray([first, waiting], store=pair, work=pair, address="127.0.0.1:1", show=lambda _: None)
+    known = waiting.model_copy(update={"finetune": finetune.model_copy(update={"company": ("first@1", "other")})})
+    with pytest.raises(EngineError, match=r"127\.0\.0\.1:1 "):  # comes as far as the cluster
+        build_on_ray([first, known], store=pair, work=pair, address="127.0.0.1:1", show=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("machines", "builds", "room"),
+    [
+        ([{"CPU": 8.0}], 2, {"num_cpus": 4}),
+        ([{"CPU": 2.0}], 5, {"num_cpus": 1}),
+        ([{"CPU": 4.0}, {"CPU": 16.0}], 1, {"num_cpus": 16}),  # no build spans machines
+        ([{"CPU": 16.0, "GPU": 2.0}], 8, {"num_cpus": 8, "num_gpus": 1}),
+        ([{"CPU": 16.0, "GPU": 4.0}, {"CPU": 8.0}], 2, {"num_cpus": 12, "num_gpus": 1}),
+    ],
+)
+def test_each_build_has_a_gpu_or_its_share_of_the_cpus(
+    machines: list[dict[str, float]], builds: int, room: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    alive = [{"Alive": True, "Resources": machine} for machine in machines]
+    monkeypatch.setattr(ray_builds.ray, "nodes", lambda: [dead, *alive])
+    assert ray_builds._room(builds) == room
 
 
 def test_no_cluster_at_the_address(pair: Path) -> None:
