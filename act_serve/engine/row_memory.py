@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -30,7 +31,8 @@ class RowMemory:
         self._start = self._taken = -self._bytes.data_ptr() % _HUGE_PAGE
         whole = nbytes // _HUGE_PAGE * _HUGE_PAGE
         if whole and hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE, self._taken, whole)
+            with suppress(OSError):  # a kernel without huge pages; they are faster, no more
+                memory.madvise(mmap.MADV_HUGEPAGE, self._taken, whole)
         self._end = self._taken + nbytes
 
     @property

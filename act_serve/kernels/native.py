@@ -62,6 +62,8 @@ class NativeRows:
     def _prepared(
         self, x_TI: torch.Tensor, y_TO: torch.Tensor, active: ActiveRows, weights: TokenWeights
     ) -> NativeCall:
+        if not x_TI.dtype == y_TO.dtype == self.dtype:
+            raise TypeError(f"compiled for {self.dtype}, and the layer computes {x_TI.dtype} to {y_TO.dtype}")
         uses = weights.every if self._multiplies_many else weights.few
         if uses is None:
             return NativeCall(weights, None, 0)

@@ -53,10 +53,13 @@ class RowTable:
     def __init__(self, device: torch.device, *, abilities: int, max_rows: int) -> None:
         self.max_rows = max_rows
         self.address_AC = torch.zeros(abilities, COLUMNS, dtype=torch.int64, device=device)
-        self._kept: tuple[object, ...] = ()
+        self._starts: Sequence[torch.Tensor] = ()
 
     def fill(self, active: ActiveRows, out_features: int) -> None:
-        """Replaces the rows, with one copy to the device; they live at least until the next call.
+        """Replaces the rows, with one copy to the device.
+
+        The caller keeps them as long as the table is read. The table does not: where it is kept by them, rows that have
+        left would never be freed.
 
         Raises:
             ValueError: there are more abilities or rows than the table is for, or rows that are not aligned.
@@ -73,7 +76,9 @@ class RowTable:
             host[number] = entry(ability, start_J)
         host[:, MOST] = most
         copy_in_order(self.address_AC, host)
-        self._kept = (active, starts)
+        # Those that are the abilities' own would keep the rows beside them.
+        made = zip(active.abilities, starts, strict=True)
+        self._starts = [start_J for ability, start_J in made if ability.start_J is None]
 
 
 @dataclass(slots=True)

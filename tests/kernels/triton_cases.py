@@ -7,6 +7,7 @@ compiled kernels are tested.
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -118,6 +119,15 @@ def test_rows_that_abilities_share_add_up_the_same_way_every_time(form: Form) ->
     assert torch.allclose(first, expected, atol=1e-4)
     assert torch.equal(first, again)
     assert torch.equal(first[61:], y_TO[61:]), "padding tokens"
+
+
+def test_rows_that_no_layer_has_any_more_are_freed() -> None:
+    form = TritonRows()
+    x_TI, y_TO, active = inputs((7, 40, 29), torch.float32)
+    form(x_TI, y_TO, active, traffic("composed", 7, 4))
+    rows = [weakref.ref(ability.delta_NI) for ability in active.abilities]
+    del active
+    assert not any(ref() is not None for ref in rows)
 
 
 @pytest.mark.parametrize(("tokens", "block"), [(6, 16), (7, 64), (12, 64), (13, 128)])
