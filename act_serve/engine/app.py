@@ -34,6 +34,10 @@ from act_serve.engine.worker import checkpoint_folder
 from act_serve.errors import ActServeError, RequestError
 from act_serve.models.loading import computing_dtype
 
+# A client that leaves ends the app's part of its request at once, and the engine's a few turns of the loop later, when
+# the generators of its answer are finalised: until then steps still need its abilities.
+_GONE_S = 0.5
+
 
 @asynccontextmanager
 async def engine_app(settings: EngineSettings) -> AsyncIterator[FastAPI]:
@@ -190,6 +194,27 @@ def refuse_prompt_logprobs(body: Mapping[str, Any]) -> None:
         )
 
 
+class _Client:
+    """Sees whether a client left before its answer was complete: an app hears that it has left in any case."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive, self._send = receive, send
+        self._left = self._complete = False
+
+    @property
+    def gone(self) -> bool:
+        return self._left and not self._complete
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left = self._left or message["type"] == "http.disconnect"
+        return message
+
+    async def send(self, message: Message) -> None:
+        await self._send(message)
+        self._complete = message["type"] == "http.response.body" and not message.get("more_body")
+
+
 class HoldComposition:
     """ASGI middleware that has a request's abilities resident while it runs; plain ASGI, so streams pass untouched.
 
@@ -212,8 +237,13 @@ class HoldComposition:
                     refuse_background(body)
                     if changes_lm_head:
                         refuse_prompt_logprobs(body)
+                client = _Client(receive, send)
                 async with compositions.hold(model):
-                    await self._app(scope, receive, send)
+                    try:
+                        await self._app(scope, client.receive, client.send)
+                    finally:
+                        if client.gone and not compositions.is_base(model):
+                            await asyncio.sleep(_GONE_S)
             except ActServeError as exc:
                 error = {"message": str(exc), "type": type(exc).__name__, "param": getattr(exc, "param", None)}
                 response = JSONResponse({"error": {**error, "code": exc.http_status}}, exc.http_status)

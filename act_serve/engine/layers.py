@@ -155,9 +155,9 @@ class DeltaEmbeddingMethod(_DeltaMethod):
         """As vLLM's ``UnquantizedEmbeddingMethod.embedding``; the result includes the step's abilities."""
         y: torch.Tensor = self.wrapped.embedding(layer, input_)
         if torch.compiler.is_compiling():
-            _add_in_graph(input_, y, self.layer_name)
+            _add_in_graph(input_.view(-1), _tokens(y), self.layer_name)
         elif self.delta_layer.batch.weights is not None:
-            self.delta_layer.add(input_, y)
+            self.delta_layer.add(input_.view(-1), _tokens(y))
         return y
 
 
@@ -186,10 +186,15 @@ class DeltaLinearMethod(_DeltaMethod):
         """As vLLM's ``LinearMethodBase.apply``; the result includes the step's abilities."""
         y = self.wrapped_apply(layer, x, bias)
         if torch.compiler.is_compiling():
-            _add_in_graph(x, y, self.layer_name)
+            _add_in_graph(_tokens(x), _tokens(y), self.layer_name)
         elif self.delta_layer.batch.weights is not None:
-            self.delta_layer.add(x, y)
+            self.delta_layer.add(_tokens(x), _tokens(y))
         return y
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """``[T, I]`` of what may be ``[1, T, I]``, as in vLLM's Transformers backend; the same memory."""
+    return x if x.dim() == 2 else x.view(-1, x.shape[-1])
 
 
 _rows_in_graphs = True

@@ -70,7 +70,8 @@ def _one_thread() -> ThreadPoolExecutor:
     # On CPUs vLLM binds this process to the cores that steps compute on, but not the process that started it
     # (vllm/utils/ompmultiprocessing.py): the other cores are its scheduler's, which has time to spare.
     parent = parent_process()
-    if parent is not None and parent.pid is not None and hasattr(os, "sched_setaffinity"):
+    alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1  # else they are others'
+    if alone and parent is not None and parent.pid is not None and hasattr(os, "sched_setaffinity"):
         others = os.sched_getaffinity(parent.pid) - os.sched_getaffinity(0)
         if others:
             loader.submit(os.sched_setaffinity, 0, others).result()
@@ -108,6 +109,7 @@ class AbilityManager:
         self.batch = BatchTable()
         self.compiled_model: CompiledModel | None = None
         self._compositions: dict[int, _Resolved] = {}
+        self._removed: set[int] = set()  # ids of compositions that vLLM has forgotten; it never gives one again
         self._last_mapping: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._loader, self._read_buffer = _one_thread(), ReadBuffer()
         self._loading: dict[AbilityKey, Future[PreparedAbility]] = {}
@@ -155,10 +157,15 @@ class AbilityManager:
         if begun is not None:
             begun.cancel()
         for adapter_id in [i for i, resolved in self._compositions.items() if key in resolved.weights]:
-            self.remove_adapter(adapter_id)
+            del self._compositions[adapter_id]
+        self._last_mapping = None
         if key in self._residents:
             self._forget_step()
             self._residents.evict(key)
+
+    def resident(self) -> list[AbilityKey]:
+        """All resident abilities."""
+        return list(self._residents)
 
     # -- what vLLM asks --------------------------------------------------------------------------------------------
 
@@ -217,6 +224,7 @@ class AbilityManager:
     def remove_adapter(self, adapter_id: int) -> bool:
         """Forgets a composition; its abilities stay until their memory is needed."""
         self._last_mapping = None
+        self._removed.add(adapter_id)
         return self._compositions.pop(adapter_id, None) is not None
 
     def remove_all_adapters(self) -> None:
@@ -255,6 +263,8 @@ class AbilityManager:
         if (ids_T, mapping.prompt_mapping) == self._last_mapping:
             return
         self._meet(unmet)
+        for adapter_id in self._removed & self._compositions.keys() - set(ids_T):
+            del self._compositions[adapter_id]
         active = {i: self._compositions[i] for i in set(ids_T) if i in self._compositions}
         unknown = set(ids_T) - active.keys() - {0}
         if unknown:
@@ -313,20 +323,28 @@ class AbilityManager:
         )
 
     def _in_use(self) -> set[AbilityKey]:
-        """Whatever a known composition needs stays: a step must never have to read a file."""
-        return {key for known in self._compositions.values() for key in known.weights}
+        """Whatever a known composition needs stays: a step must never have to read a file.
+
+        But for those that vLLM has forgotten, which a request may still run with: whether it does is not said.
+        """
+        known = (each for adapter_id, each in self._compositions.items() if adapter_id not in self._removed)
+        return {key for each in known for key in each.weights}
 
     def _meet(self, requests: Iterable[LoRARequest]) -> None:
         for request in requests:
             self._compositions[request.lora_int_id] = self._resolve(request)
 
     def _load_all(self, compositions: Iterable[_Resolved]) -> set[AbilityKey]:
-        """Makes resident what a step needs, and says what that is."""
+        """Says what a step needs, and makes resident what is not.
+
+        All is, unless a request was still in a step after its client had left and its abilities were let go. Nothing
+        leaves for these: others may wait for it that no step has met yet.
+        """
         compositions = list(compositions)
-        keys = {key for resolved in compositions for key in resolved.weights}
         for resolved in compositions:
-            self._load(resolved, in_use=keys, over_budget=True)
-        return keys
+            if not all(key in self._residents for key in resolved.weights):
+                self._load(resolved, in_use=set(self._residents), over_budget=True)
+        return {key for resolved in compositions for key in resolved.weights}
 
     def _load(self, resolved: _Resolved, in_use: set[AbilityKey], over_budget: bool = False) -> bool:
         missing = [key for key in resolved.weights if key not in self._residents]

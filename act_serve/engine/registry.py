@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection, Iterable, Set
 from contextlib import asynccontextmanager
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 from vllm.logger import init_logger
@@ -74,6 +75,7 @@ class CompositionRegistry:
         self._pinned_before: set[AbilityKey] = set()
         self._left_out: set[AbilityKey] = set()
         self._staying: set[AbilityKey] = set()
+        self._fetching: dict[AbilityKey, asyncio.Future[Any]] = {}
         self._last_id = 0
 
     @asynccontextmanager
@@ -87,6 +89,9 @@ class CompositionRegistry:
             yield
             return
         known = await self._admitted(model)
+        if not self.seats.ready(known.sizes):
+            self.seats.check(known.sizes)
+            await self._fetch(known.sizes)  # which may take long, and nobody else should wait for it
         await self.seats.take(known.sizes, lambda: self._load(known.sizes.keys()))
         try:
             # Where all abilities are resident, a new composition needs nothing from the engine: the worker learns of
@@ -185,18 +190,20 @@ class CompositionRegistry:
         loading, and the call that finds it done makes the abilities resident.
         """
         start_s = time.perf_counter()
-        for key in keys:  # the disk's cache may have evicted it since it was admitted
-            await asyncio.to_thread(self._admission.store.fetch, key.name, key.version)
+        await self._fetch(keys)
         wanted, lacking = [astuple(key) for key in keys], sum(key not in self.seats for key in keys)
         try:
             while True:
                 leaving = self._leaving - keys
                 reports = await self._ask("load_abilities", wanted, [astuple(key) for key in leaving])
                 self._leaving -= leaving | keys
-                for _, error, message in reports:
+                held = {AbilityKey(*key) for *_, resident in reports for key in resident}
+                # A step may have taken back what a request needed whose client had left; it leaves with the next call.
+                self._leaving |= {key for key in held - keys if key not in self.seats}
+                for _, error, message, _ in reports:
                     if error:
                         raise getattr(errors, error)(message)
-                if all(resident for resident, _, _ in reports):
+                if all(ready for ready, *_ in reports):
                     self.metrics.loads.inc(lacking)
                     self.metrics.load_seconds.observe(time.perf_counter() - start_s)
                     return
@@ -204,6 +211,25 @@ class CompositionRegistry:
         except BaseException:  # the request may have gone, too; some workers may have what others lack
             self._leaving |= {key for key in keys if key not in self.seats}
             raise
+
+    async def _fetch(self, keys: Iterable[AbilityKey]) -> None:
+        """Has the files of what is not resident on this machine: a store's cache may have evicted them meanwhile.
+
+        Requests that wait for the same files wait for one thread.
+        """
+        for key in keys:
+            if key in self.seats:
+                continue
+            if key not in self._fetching:
+                fetching = asyncio.to_thread(self._admission.store.fetch, key.name, key.version)
+                self._fetching[key] = asyncio.ensure_future(fetching)
+                self._fetching[key].add_done_callback(partial(self._fetched, key))
+            await asyncio.shield(self._fetching[key])
+
+    def _fetched(self, key: AbilityKey, done: asyncio.Future[Any]) -> None:
+        del self._fetching[key]
+        if not done.cancelled():
+            done.exception()  # seen, also where everybody who waited has left
 
     async def _ask(self, method: str, *args: Any) -> list[Any]:
         try:

@@ -69,7 +69,7 @@ class CurrentAdapters(dict[str, LoRARequest]):
 
     Args:
         store: says which version a name without one means now.
-        forget: called with each adapter that leaves because there are too many.
+        forget: called with each adapter that leaves, because its name means another version or there are too many.
         capacity: adapters kept, the latest; far more than can be in flight at once.
     """
 
@@ -78,9 +78,14 @@ class CurrentAdapters(dict[str, LoRARequest]):
         self._store, self._forget, self._capacity = store, forget, capacity
 
     def __setitem__(self, name: str, request: LoRARequest) -> None:
-        """Adds an adapter, and forgets the oldest beyond the capacity."""
-        self.pop(name, None)
+        """Adds an adapter, and forgets the one that it replaces, and the oldest beyond the capacity.
+
+        A request that still runs with the one that is forgotten keeps it: its next step makes it known again.
+        """
+        replaced = self.pop(name, None)
         super().__setitem__(name, request)
+        if replaced is not None and replaced.lora_int_id != request.lora_int_id:
+            self._forget(replaced)
         while len(self) > self._capacity:
             self._forget(self.pop(next(iter(self))))
 

@@ -111,7 +111,7 @@ class Seats(Generic[Key]):
         if self.ready(sizes):
             self._use(sizes)
             return
-        self._check(sizes)
+        self.check(sizes)
         place = _Place([key for key in sizes if not self.ready([key])])
         self._waiting[place] = sizes
         try:
@@ -142,7 +142,8 @@ class Seats(Generic[Key]):
             seat = self._seats[key] = self._seats.pop(key)
             seat.users += 1
 
-    def _check(self, sizes: Mapping[Key, int]) -> None:
+    def check(self, sizes: Mapping[Key, int]) -> None:
+        """Raises RequestError where they need more than there is beside the pinned ones."""
         staying = [key for key in self.pinned(self._seats) if key not in sizes]
         taken = sum(self._seats[key].size for key in staying)
         if sum(sizes.values()) > self.max_bytes - taken:
@@ -173,6 +174,7 @@ class Seats(Generic[Key]):
                 await self._load(sizes, load)
             finally:
                 self._mark(leaving, closing=False)
+                self._changed.set()
             return True
 
     def _idle_victims(self, sizes: Mapping[Key, int]) -> list[Key] | None:
@@ -187,24 +189,42 @@ class Seats(Generic[Key]):
         sizes = self._waiting[place]
         leaving: list[Key] = []
         try:
-            async with self._room:
-                if self._settled(place):
-                    return
-                self._check(sizes)  # something may have been pinned meanwhile
-                # Idle ones first; each in order of their last use.
-                leaving = self._victims(sizes, sorted(self._seats, key=lambda key: self._seats[key].users > 0)) or []
-                self._first = sizes
-                self._mark(leaving, closing=True)
-            while leaving:
-                while self._seats[leaving[0]].users:
-                    await self._change()
-                await self._remove(leaving.pop(0))
-            async with self._room:
-                if not self._settled(place):
-                    await self._load(sizes, load)
+            while True:
+                async with self._room:
+                    if self._settled(place):
+                        return
+                    self.check(sizes)  # something may have been pinned meanwhile
+                    leaving = self._choose(sizes, leaving)
+                    # Looked for again after each: one that is left meanwhile would change nothing any more.
+                    while idle := [key for key in leaving if not self._seats[key].users]:
+                        leaving.remove(idle[0])
+                        await self._remove(idle[0])
+                    if not leaving:
+                        await self._load(sizes, load)
+                        return
+                await self._change()
         finally:
             self._first = {}
             self._mark(leaving, closing=False)
+
+    def _choose(self, sizes: Mapping[Key, int], before: list[Key]) -> list[Key]:
+        """Marks what leaves for the first in the queue, and lets in again what was marked before and stays after all.
+
+        Idle ones alone where they are enough by now. Else what was marked stays so: whatever becomes idle and is not
+        enough is left to others.
+        """
+        self._first = {}
+        self._mark(before, closing=False)
+        leaving = self._victims(sizes, (key for key, seat in self._seats.items() if not seat.users))
+        if leaving is None and not self.pinned(before):
+            leaving = before
+        if not leaving:  # idle ones first; each in order of their last use
+            leaving = self._victims(sizes, sorted(self._seats, key=lambda key: self._seats[key].users > 0)) or []
+        self._mark(leaving, closing=True)
+        self._first = sizes
+        if not set(before) <= set(leaving):
+            self._changed.set()
+        return leaving
 
     def _mark(self, keys: Iterable[Key], *, closing: bool) -> None:
         """Lets nobody in where they leave, and everybody again where what they should have made room for gave up."""

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import CompilationMode
-from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from act_serve import __version__
@@ -38,6 +40,8 @@ elif current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
 else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
+
+logger = init_logger("vllm.act_serve")
 
 
 class AbilityWorker(_Worker):
@@ -142,7 +146,7 @@ class AbilityWorker(_Worker):
 
     def load_abilities(
         self, keys: list[tuple[str, int, str]], leaving: list[tuple[str, int, str]]
-    ) -> tuple[bool, str, str]:
+    ) -> tuple[bool, str, str, list[tuple[str, int, str]]]:
         """Loads abilities in a thread; one call starts that, and the first one that finds it done makes them resident.
 
         Args:
@@ -151,14 +155,52 @@ class AbilityWorker(_Worker):
 
         Returns:
             whether they are resident; else the name and message of the error that keeps them from it, if there is
-            one. vLLM keeps only the text of what a worker raises.
+            one; and all that is resident now. vLLM keeps only the text of what a worker raises.
         """
-        for key in leaving:
-            self.ability_manager.evict(AbilityKey(*key))
+        manager, ready, error, message = self.ability_manager, False, "", ""
         try:
-            return self.ability_manager.load([AbilityKey(*key) for key in keys]), "", ""
+            for key in leaving:
+                manager.evict(AbilityKey(*key))
+            ready = manager.load([AbilityKey(*key) for key in keys])
         except ActServeError as exc:
-            return False, type(exc).__name__, str(exc)
+            error, message = type(exc).__name__, str(exc)
+        except Exception as exc:
+            # Such as a full GPU: no reason to end the engine, or to raise on one worker of several.
+            logger.exception("Loading abilities failed")
+            names = ", ".join(f"{name}@{version}" for name, version, _ in keys)
+            error, message = EngineError.__name__, f"{names} could not be loaded: {type(exc).__name__}: {exc}"
+        return ready, error, message, [astuple(key) for key in manager.resident()]
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """As vLLM's, for servers that load no abilities themselves.
+
+        Of several workers only the last one raises: vLLM stops reading their answers at the first error
+        (``collective_rpc`` in vllm/v1/executor/multiproc_executor.py), and would take those that it has not read for
+        answers to its next call.
+
+        Raises:
+            ActServeError: an ability can't be made resident, here or, where this is the last one, on another worker.
+        """
+        failed = None
+        try:
+            added = bool(super().add_lora(lora_request))
+        except Exception as exc:
+            if not isinstance(exc, ActServeError):
+                logger.exception("Loading %s failed", lora_request.lora_name)
+            failed, added = exc, False
+        workers = get_world_group()
+        if workers.world_size == 1:
+            if failed is not None:
+                raise failed
+            return added
+        everyone: list[Any] = [None] * workers.world_size
+        kind = "" if isinstance(failed, ActServeError) else f"{type(failed).__name__}: "
+        said = None if failed is None else f"{kind}{failed}"
+        torch.distributed.all_gather_object(everyone, said, group=workers.cpu_group)
+        messages = [message for message in everyone if message is not None]
+        if messages and workers.is_last_rank:
+            raise EngineError(messages[0])
+        return added
 
 
 def check_whole_steps(config: VllmConfig) -> None:

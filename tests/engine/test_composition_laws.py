@@ -30,8 +30,8 @@ Weights = Mapping[AbilityKey, float]
 
 
 @functools.cache
-def add_rows() -> AddRows:
-    return choose_add_rows(CPU, torch.float32, cache_home() / "kernels")
+def add_rows(dtype: torch.dtype) -> AddRows:
+    return choose_add_rows(CPU, dtype, cache_home() / "kernels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,13 @@ class Ability:
     bias: bool
     seed: int
 
-    def modules(self, width: int = IN) -> dict[str, ModuleDelta]:
+    def modules(self, width: int = IN, dtype: torch.dtype = torch.float32) -> dict[str, ModuleDelta]:
         draw = torch.Generator().manual_seed(self.seed)
         return {
             name: ModuleDelta(
                 torch.tensor(sorted(rows), dtype=torch.int32),
-                torch.randn(len(rows), width, generator=draw),
-                torch.randn(len(rows), generator=draw) if self.bias else None,
+                torch.randn(len(rows), width, generator=draw).to(dtype),
+                torch.randn(len(rows), generator=draw).to(dtype) if self.bias else None,
             )
             for name, rows in (("q", self.q), ("k", self.k))
             if rows
@@ -59,16 +59,17 @@ class Ability:
 class Layer:
     """A fused layer with a bias, as vLLM's linear layers call theirs."""
 
-    def __init__(self, abilities: Sequence[Ability], width: int = IN) -> None:
-        draw, self.width = torch.Generator().manual_seed(0), width
-        self.weight_OI, self.bias_O = torch.randn(Q + K, width, generator=draw), torch.randn(Q + K, generator=draw)
+    def __init__(self, abilities: Sequence[Ability], width: int = IN, dtype: torch.dtype = torch.float32) -> None:
+        draw, self.shape = torch.Generator().manual_seed(0), (width, dtype)
+        self.weight_OI = torch.randn(Q + K, width, generator=draw).to(dtype)
+        self.bias_O = torch.randn(Q + K, generator=draw).to(dtype)
         self.batch = BatchTable()
-        layer = DeltaLayer("laws", self.batch, add_rows())
+        layer = DeltaLayer("laws", self.batch, add_rows(dtype))
         parts = (
             Part("q", ModuleShape(Q, width, True), range(Q), 0),
             Part("k", ModuleShape(K, width, True), range(K), Q),
         )
-        described: Any = SimpleNamespace(input_size=width, params_dtype=torch.float32)
+        described: Any = SimpleNamespace(input_size=width, params_dtype=dtype)
         plan = LayerPlan("laws", described, parts, slice(None), adds_bias=True)
         self.residents = ResidentAbilities([plan], [layer], CPU, 1 << 20)
         wrapped = SimpleNamespace(apply=lambda _layer, x, bias: linear(x, self.weight_OI, bias))
@@ -78,13 +79,13 @@ class Layer:
 
     def load(self, keys: Sequence[AbilityKey]) -> None:
         for key in keys:
-            self.residents.install(key, self.residents.prepare(key, self.abilities[key].modules(self.width)))
+            self.residents.install(key, self.residents.prepare(key, self.abilities[key].modules(*self.shape)))
 
     def merged(self, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias with a composition's rows added, in float64."""
         weight_OI, bias_O = self.weight_OI.double(), self.bias_O.double()
         for key, weight in weights.items():
-            for name, delta in self.abilities[key].modules(self.width).items():
+            for name, delta in self.abilities[key].modules(*self.shape).items():
                 rows = delta.rows.long() + (Q if name == "k" else 0)
                 weight_OI[rows] += weight * delta.delta.double()
                 if delta.bias_delta is not None:
@@ -160,17 +161,37 @@ def test_a_composition_is_the_sum_of_its_parts(
 
 
 @settings(max_examples=60, deadline=None)
+@given(abilities=ABILITIES, weights=st.lists(WEIGHT, min_size=8, max_size=8), tokens=TOKENS, seed=st.integers(0, 2**31))
+def test_the_sum_of_compositions_is_the_composition_of_sums(
+    abilities: list[Ability], weights: list[float], tokens: int, seed: int
+) -> None:
+    layer, x_TI = Layer(abilities), tokens_of(tokens, seed)
+    layer.load(layer.keys)
+    one, two = (dict(zip(layer.keys, part, strict=False)) for part in (weights[:4], weights[4:]))
+    base_TO = layer.base(x_TI)
+    parts = [layer.step(x_TI, [1] * tokens, {1: composition}) - base_TO for composition in (one, two)]
+    got = layer.step(x_TI, [1] * tokens, {1: {key: one[key] + two[key] for key in layer.keys}})
+    size = sum(abs(weight) for weight in weights) * 40 * IN**0.5 + base_TO.abs().max()
+    assert torch.allclose(got, base_TO + parts[0] + parts[1], rtol=0, atol=float(size) * 1e-6)
+
+
+# Rounding of a sum, and in bfloat16 of the output for the layer and once per ability.
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 5 * 2**-8}
+
+
+@settings(max_examples=120, deadline=None)
 @given(
     abilities=ABILITIES,
     weights=st.lists(WEIGHT | st.just(1.0), min_size=4, max_size=4),
     width=st.integers(1, 80),
+    dtype=st.sampled_from(list(ROUNDING)),
     tokens=TOKENS,
     data=st.data(),
 )
 def test_every_token_gets_what_its_merged_layer_gives(
-    abilities: list[Ability], weights: list[float], width: int, tokens: int, data: st.DataObject
+    abilities: list[Ability], weights: list[float], width: int, dtype: torch.dtype, tokens: int, data: st.DataObject
 ) -> None:
-    layer, x_TI = Layer(abilities, width), tokens_of(tokens, 3, width)
+    layer, x_TI = Layer(abilities, width, dtype), tokens_of(tokens, 3, width).to(dtype)
     layer.load(layer.keys)
     every = dict(zip(layer.keys, weights, strict=False))
     compositions: dict[int, Weights] = {0: {}, 1: every, 2: {layer.keys[-1]: 1.0}}
@@ -182,7 +203,7 @@ def test_every_token_gets_what_its_merged_layer_gives(
         expected = linear(x_TI[used_T].double(), weight_OI, bias_O)
         size = x_TI.double().abs() @ weight_OI.abs().t() + bias_O.abs()
         size += sum(abs(w) for w in composition.values()) * 30 * width**0.5  # what may cancel in the sums
-        assert bool(((got[used_T].double() - expected).abs() <= 1e-6 * size[used_T]).all())
+        assert bool(((got[used_T].double() - expected).abs() <= ROUNDING[dtype] * size[used_T]).all())
 
 
 @settings(max_examples=60, deadline=None)

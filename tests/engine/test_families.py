@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from vllm.lora.request import LoRARequest
 
 from act_serve.abilities.store import Store
 from tests.abilities_for_tests import merged_model, publish_random
@@ -70,6 +71,7 @@ def _count_calls(worker: Any) -> int:
     [
         ("qwen2", 2, {}),
         ("llama", 2, {"enforce_eager": False}),
+        ("llama", 2, {"model_impl": "transformers"}),
         ("biased llama", 2, {"tensor_parallel_size": 2}),
         ("biased llama", 2, {"tensor_parallel_size": 2, "enforce_eager": False}),
         ("qwen2", 1, {"tensor_parallel_size": 2}),
@@ -78,6 +80,7 @@ def _count_calls(worker: Any) -> int:
     ids=[
         "biases",
         "compiled",
+        "transformers' own model",
         "two workers and biases",
         "two compiled workers and biases",
         "two workers with one kv head and biases",
@@ -92,10 +95,15 @@ def test_mixed_batch_equals_the_merged_checkpoints(
     base = make(tmp_path / "base", family, kv_heads)
     store = Store(tmp_path / "store")
     for seed in (1, 2):
-        publish_random(store, base, f"r{seed}", seed=seed, share=0.1, scale=0.1)
+        # Norms of transformers' own models are no vLLM layers.
+        kinds = ["lm_head", "embedding"] if "model_impl" in options else []
+        publish_random(store, base, f"r{seed}", seed=seed, share=0.1, scale=0.1, outside=kinds)
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for the question below
     compiles = not options.get("enforce_eager", True)
     with running_engine(base, store, dtype="float32", max_model_len=256, **options) as llm:
+        # What every worker refuses must leave no answer behind that vLLM would take for one to its next call.
+        with pytest.raises(Exception, match="is not the ability store this engine was started with"):
+            llm.llm_engine.add_lora(LoRARequest("smol:r1@1~000000000000", 999, "/nowhere"))
         answers = serve_mixed(llm, store)
         compiled = llm.collective_rpc(_compiled)
         if compiles:

@@ -143,6 +143,65 @@ async def test_what_leaves_unused_takes_nothing_from_the_tokens_of_others(start:
         assert torch.equal(engine.step(registry._adapters[model]), before)
 
 
+async def test_what_a_step_took_back_leaves_with_the_next_load(start: Started, store: Store, tiny_llama: Path) -> None:
+    """A request may still be in a step when its client has left and its abilities were let go."""
+    engine, registry = start()
+    model = f"smol:{pinned(store, 'r0')}"
+    async with registry.hold(model):
+        adapter = registry._adapters[model]
+        before = engine.step(adapter)
+    for name in ("r1", "r2"):
+        await ask(registry, store, name)
+    assert engine.resident == {"r1", "r2"}
+    assert torch.equal(engine.step(adapter), before)
+    assert engine.resident == {"r0", "r1", "r2"}, "nothing leaves for it that others may wait for"
+    publish_random(store, tiny_llama, "r3", seed=3)
+    await ask(registry, store, "r3")
+    assert engine.resident == {"r2", "r3"}
+
+
+async def test_what_vllm_has_forgotten_takes_no_room(start: Started, store: Store) -> None:
+    """Such as the version that a name meant before, while a request still runs with it."""
+    engine, _ = start()
+    manager = engine.ability_manager
+    old, *new = (adapter_request("smol", pinned(store, f"r{n}"), n + 1, store) for n in range(3))
+    manager.add_adapter(old)
+    before = engine.step(old)
+    manager.remove_adapter(old.lora_int_id)
+    assert torch.equal(engine.step(old), before)
+    for adapter in new:
+        manager.add_adapter(adapter)
+    assert engine.resident == {"r1", "r2"}
+    assert torch.equal(engine.step(old), before)
+    assert engine.resident == {"r0", "r1", "r2"}
+    engine.step(new[0])
+    assert manager.list_adapters() == {adapter.lora_int_id for adapter in new}
+
+
+async def test_a_download_keeps_nobody_else_waiting(
+    start: Started, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, registry = start()
+    fetch, arrived, fetched = Store.fetch, threading.Event(), list[str]()
+
+    def slow(self: Store, name: str, version: int) -> Path:
+        fetched.append(name)
+        assert name != "r0" or arrived.wait(10)
+        return fetch(self, name, version)
+
+    for name in ("r0", "r1"):
+        await registry._admitted(f"smol:{pinned(store, name)}")  # then the disk's cache evicts it
+    monkeypatch.setattr(Store, "fetch", slow)
+    waiting = [asyncio.create_task(ask(registry, store, "r0")) for _ in range(40)]
+    await asyncio.sleep(0.05)
+    await ask(registry, store, "r1")
+    assert not any(task.done() for task in waiting)
+    assert fetched.count("r0") == 1, "those who wait for the same files wait for one thread"
+    arrived.set()
+    await asyncio.gather(*waiting)
+    assert engine.resident == {"r0", "r1"}
+
+
 async def test_what_the_worker_finds_wrong_keeps_its_kind_and_can_be_repaired(start: Started, store: Store) -> None:
     engine, registry = start()
     path = store.path("r0", 1) / TENSORS_FILE

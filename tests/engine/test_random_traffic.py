@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from act_serve.abilities.store import Store
+from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.settings import MODEL_HEADER, EngineSettings
 from tests.abilities_for_tests import merged_model, pinned, publish_random
 from tests.engine.conftest import settings_with_room
@@ -160,7 +161,7 @@ async def test_every_answer_is_the_merged_checkpoints(
 ) -> None:
     if not options.get("enforce_eager", True):
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    seed = int(os.environ.get("ACT_SERVE_TEST_SEED", "0"))
+    seed = int(os.environ.get("ACT_SERVE_TEST_SEED") or random.SystemRandom().randrange(10**6))
     print(f"\nACT_SERVE_TEST_SEED={seed}")
     base = make(tmp_path / "base", "llama", 2)
     store = Store(tmp_path / "store")
@@ -182,6 +183,11 @@ async def test_every_answer_is_the_merged_checkpoints(
             body = {"model": model, "prompt": BEGINNINGS[0], "max_tokens": 1}
             assert (await http.post("/v1/completions", json=body, headers={MODEL_HEADER: model})).status_code == 200
         assert sum(seat.users for seat in seats._seats.values()) == 0
+        compositions = app.state.compositions
+        reports = await compositions._client.collective_rpc("load_abilities", args=([], []))
+        assert len(reports) == options["engine_args"].get("tensor_parallel_size", 1)
+        for *_, resident in reports:  # and the workers hold no more than that
+            assert {AbilityKey(*key) for key in resident} == set(seats._seats) | compositions._leaving
         evictions = app.state.compositions.metrics.registry.get_sample_value("act_ability_evictions_total")
     bare, as_base = merged_model(base, store, ""), 0
     for composition, answers in traffic.answers.items():

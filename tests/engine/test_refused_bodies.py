@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from vllm.exceptions import VLLMValidationError
 from act_serve.abilities.store import Store
 from act_serve.delta.composition import Composition
 from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.engine import app as app_module
 from act_serve.engine.admission import Admission
 from act_serve.engine.app import HoldComposition
 from act_serve.engine.resolver import AbilityResolver
@@ -33,9 +35,14 @@ class Compositions:
     async def changes_lm_head(self, model: str) -> bool:
         return model.endswith(":head")
 
+    def __init__(self) -> None:
+        self.held = False
+
     @asynccontextmanager
     async def hold(self, model: str) -> AsyncIterator[None]:
+        self.held = True
         yield
+        self.held = False
 
 
 async def ask(model: str, body: bytes, *, pieces: int = 1, path: str = "/v1/completions") -> httpx.Response:
@@ -92,6 +99,57 @@ async def test_what_is_computed_after_its_answer_is_refused_with_abilities_only(
 async def test_every_other_body_reaches_vllm_whole(body: bytes) -> None:
     passed = await ask("smol:head", body, pieces=2)
     assert (passed.status_code, passed.content) == (200, body)
+
+
+async def test_abilities_stay_until_the_engine_knows_that_a_client_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "_GONE_S", 0.2)
+    compositions = Compositions()
+    left = asyncio.Event()
+
+    async def vllm(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.set()
+
+    messages = iter([{"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    scope = {
+        "type": "http", "path": "/v1/completions", "headers": [(MODEL_HEADER.encode(), b"smol:other")],
+        "app": SimpleNamespace(state=SimpleNamespace(compositions=compositions)),
+    }  # fmt: skip
+    serving = asyncio.create_task(HoldComposition(vllm)(scope, receive, receive))
+    await left.wait()
+    await asyncio.sleep(0.05)
+    assert compositions.held
+    await asyncio.wait_for(serving, 5)
+    assert not compositions.held
+
+
+async def test_who_has_the_whole_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams hear that their client has left when all was sent, too; and the base needs nothing."""
+    monkeypatch.setattr(app_module, "_GONE_S", 3600)
+
+    async def stream(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
+        if scope["path"].endswith("completions"):
+            await send({"type": "http.response.body", "body": b""})
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(_message: Any) -> None: ...
+
+    for model, path in (("smol:other", "/v1/completions"), ("smol", "/v1/broken")):
+        scope = {
+            "type": "http", "path": path, "headers": [(MODEL_HEADER.encode(), model.encode())],
+            "app": SimpleNamespace(state=SimpleNamespace(compositions=Compositions())),
+        }  # fmt: skip
+        await asyncio.wait_for(HoldComposition(stream)(scope, receive, send), 10)
 
 
 async def test_plain_vllm_serve_takes_no_ability_that_changes_lm_head(tmp_path: Any, tiny_llama: Any) -> None:

@@ -93,7 +93,7 @@ def test_random_traffic_equals_dense_arithmetic(seed: int) -> None:
             for i in (1, 2)
         }
         bench.step(compositions, [random.randint(0, 2) for _ in range(random.randint(1, 9))])
-    assert len(bench.residents) <= 8
+    assert bench.residents.bytes <= 5 * 16 * (IN * 4 + 12)
 
 
 def test_padding_tokens_get_nothing() -> None:

@@ -118,6 +118,29 @@ async def test_a_steady_stream_cannot_starve_a_newcomer() -> None:
     await asyncio.wait_for(asyncio.gather(*streams), 1)
 
 
+async def test_the_first_takes_the_room_of_whatever_is_idle_first() -> None:
+    """Those that came later must not be served by room that the first one could have had."""
+    engine, long, short = Engine(10), asyncio.Event(), asyncio.Event()
+    holders = [asyncio.create_task(engine.run({key: 5}, until)) for key, until in (("a", long), ("b", short))]
+    await asyncio.sleep(0.01)
+    first = asyncio.create_task(engine.run({"c": 5}, long))
+    await asyncio.sleep(0.01)
+    assert engine.seats.occupancy()["a"].closing
+    later = [asyncio.create_task(engine.run({f"d{number}": 5})) for number in range(5)]
+    again = asyncio.create_task(engine.run({"a": 5}, long))
+    await asyncio.sleep(0.01)
+    assert not again.done()
+    short.set()
+    await asyncio.sleep(0.05)
+    assert engine.loads == ["a", "b", "c"]
+    assert engine.evicted == ["b"]
+    occupancy = engine.seats.occupancy()
+    assert (occupancy["a"].users, occupancy["c"].users) == (2, 1), "who wants what stays after all is let in"
+    long.set()
+    await asyncio.wait_for(asyncio.gather(*holders, first, again, *later), 1)
+    assert sorted(engine.loads[3:]) == [f"d{number}" for number in range(5)]
+
+
 async def test_a_failed_load_fails_its_request_alone() -> None:
     engine = Engine(10)
     with pytest.raises(EngineError, match="damaged"):

@@ -130,6 +130,13 @@ def test_a_name_without_version_follows_the_store(server: httpx.Client, base: Pa
     assert answer("smol:renewed@1") == first
 
 
+def test_versions_that_a_name_no_longer_means_take_no_room(server: httpx.Client, base: Path, store: Store) -> None:
+    for version in range(1, ROOM + 3):
+        publish_random(store, base, "daily", seed=60 + version, version=version)
+        response = complete(server, "smol:daily")
+        assert response.status_code == 200, (version, response.text)
+
+
 def test_what_there_is_no_room_for_is_refused(server: httpx.Client, base: Path, store: Store) -> None:
     names = [f"more{number}" for number in range(ROOM)]
     for number, name in enumerate(names):

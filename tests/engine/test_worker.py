@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
@@ -10,7 +14,7 @@ from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.batch import BatchTable
 from act_serve.engine.graph_limits import GraphLimits
 from act_serve.engine.graph_tables import GraphDeltaLayer, GraphTables
-from act_serve.engine.worker import check_whole_steps, mark_compiled_model
+from act_serve.engine.worker import AbilityWorker, check_whole_steps, mark_compiled_model
 from act_serve.errors import EngineError
 from act_serve.kernels.torch_impl import add_rows_torch
 
@@ -70,6 +74,25 @@ def test_compiled_models_are_kept_apart_from_those_of_other_workers() -> None:
     assert config.compute_hash() not in (with_rows, other.compute_hash())
     mark_compiled_model(config)
     assert config.compute_hash() == with_rows
+
+
+def test_whatever_a_load_raises_is_the_request_s_error() -> None:
+    """An exception would end the engine, or leave the other workers' answers unread."""
+    evicted: list[AbilityKey] = []
+
+    def load(_keys: list[AbilityKey]) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    here = AbilityKey("here", 1, "0" * 64)
+    manager = SimpleNamespace(evict=evicted.append, load=load, resident=lambda: [here])
+    worker = cast(AbilityWorker, SimpleNamespace(ability_manager=manager))
+    new, old = ("new", 2, "1" * 64), ("old", 1, "2" * 64)
+    ready, error, message, resident = AbilityWorker.load_abilities(worker, [new], [old])
+    assert not ready
+    assert error == "EngineError"
+    assert message == "new@2 could not be loaded: OutOfMemoryError: CUDA out of memory"
+    assert resident == [astuple(here)]
+    assert evicted == [AbilityKey(*old)]
 
 
 def test_steps_longer_than_any_graph_take_the_same_rows_and_a_table_of_their_own() -> None:
