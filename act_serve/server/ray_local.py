@@ -16,7 +16,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from act_serve.server.leftovers import (
     remove_files,
     shared_memory_of,
 )
+from act_serve.server.request_log import shown_request_lines
 
 APPLICATION = "act-serve"
 _POLL_S = 0.5
@@ -53,7 +54,7 @@ Say = Callable[[str], None]
 
 @contextmanager
 def local_application(settings: ServerSettings, host: str, port: int, say: Say) -> Iterator[None]:
-    """Runs the application until the context ends; inside, it is ready.
+    """Runs the application until the context ends; inside, it is ready, and each request's line is on stderr.
 
     Args:
         settings: of the server.
@@ -70,7 +71,9 @@ def local_application(settings: ServerSettings, host: str, port: int, say: Say) 
     since = time.time()
     folder = tempfile.mkdtemp(prefix="act-serve-")
     os.environ.update(_environment(folder, port))
+    shown = ExitStack()
     try:
+        shown.enter_context(shown_request_lines(Path(folder)))
         say("starting Ray, and loading vLLM beside it")
         warm_up = subprocess.Popen(
             [sys.executable, "-c", _WARM_UP.format(embedded=settings.model is None)], stderr=subprocess.DEVNULL
@@ -87,6 +90,7 @@ def local_application(settings: ServerSettings, host: str, port: int, say: Say) 
         started = children()
         mapped = shared_memory_of(started)
         _stop()
+        shown.close()
         end_processes({*started, *children()})
         remove_files(mapped | orphaned_semaphores(since))
         shutil.rmtree(folder, ignore_errors=True)

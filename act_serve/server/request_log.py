@@ -1,24 +1,90 @@
-"""One line per request, for people or as JSON."""
+"""One line per request, for people or as JSON: on stderr, or on that of the process that started Ray."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from logging.handlers import SocketHandler
+from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingUnixStreamServer
+from typing import Any
 
 from act_serve.server.config import LogFormat
 from act_serve.server.request_record import RequestRecord
+
+# Ray keeps what its workers write in files. A socket in the place that this names takes the lines to a terminal, too.
+SOCKET_VARIABLE = "ACT_SERVE_REQUEST_LOG"
+_HELD_UP_S, _PAUSE_S = 0.05, 5.0
+_TURN_S = 1.0
 
 _log = logging.getLogger("act_serve.requests")
 
 
 def open_request_log() -> None:
-    """Has the lines written to stderr, where nobody has given the logger ``act_serve.requests`` another handler."""
+    """Has the lines written, where nobody has given the logger ``act_serve.requests`` another handler."""
     _log.setLevel(logging.INFO)
-    if not _log.handlers:
-        handler = logging.StreamHandler()
+    if _log.handlers:
+        return
+    _log.addHandler(logging.StreamHandler())
+    if place := os.environ.get(SOCKET_VARIABLE):
+        _log.addHandler(_TerminalHandler(place, None))
+    for handler in _log.handlers:
         handler.setFormatter(logging.Formatter("%(message)s"))
-        _log.addHandler(handler)
+
+
+class _TerminalHandler(SocketHandler):
+    """Sends lines to a socket on this machine; some are lost where a terminal stands still."""
+
+    def makePickle(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode()
+
+    def makeSocket(self, timeout: float = _HELD_UP_S) -> socket.socket:
+        return super().makeSocket(timeout)
+
+    def send(self, s: Any) -> None:
+        super().send(s)
+        if self.sock is None:  # or the next line would be held up as well
+            self.retryTime = time.time() + _PAUSE_S
+
+
+@contextmanager
+def shown_request_lines(folder: Path) -> Iterator[None]:
+    """Writes the lines of routers that are started meanwhile to this process's stderr.
+
+    Args:
+        folder: for the socket.
+    """
+    terminal, turn = sys.stderr, threading.Lock()
+
+    class Shown(StreamRequestHandler):
+        def handle(self) -> None:
+            if not turn.acquire(timeout=_TURN_S):  # the terminal stands still; who comes meanwhile is sent away
+                return
+            try:
+                for line in self.rfile:
+                    print(line.decode(errors="replace"), end="", file=terminal, flush=True)
+            finally:
+                turn.release()
+
+    os.environ[SOCKET_VARIABLE] = str(folder / "requests")
+    try:
+        with ThreadingUnixStreamServer(os.environ[SOCKET_VARIABLE], Shown) as server:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, daemon=True, name="request-lines").start()
+            try:
+                yield
+            finally:
+                server.shutdown()
+    finally:
+        del os.environ[SOCKET_VARIABLE]
 
 
 def log_request(record: RequestRecord, status: int, seconds: float, log_format: LogFormat) -> None:

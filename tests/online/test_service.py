@@ -50,6 +50,19 @@ def test_the_start_says_how_long_it_took(server: ServerProcess) -> None:
     assert re.search(r"^ready after \d+ s$", server.output(), re.MULTILINE), server.output()
 
 
+def test_every_request_has_a_line_on_the_terminal(server: ServerProcess) -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2, "abilities": ["fr"]}
+    httpx.post(server.url + CHAT, json=body, headers={"x-request-id": "seen-1"}, timeout=60).raise_for_status()
+    wanted = re.compile(
+        rf"^seen-1 POST {CHAT} 200 key=anyone composition=fr@\d+\*1 seconds=\S+ tokens=2$", re.MULTILINE
+    )
+    for _ in range(100):
+        if wanted.search(server.output()):
+            break
+        time.sleep(0.1)
+    assert wanted.search(server.output()), server.output()
+
+
 def test_the_lines_of_the_welcome_can_be_pasted(server: ServerProcess) -> None:
     lines = [line.strip() for line in server.output().splitlines() if line.startswith("  curl ")]
     assert len(lines) == 2
