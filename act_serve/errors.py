@@ -28,7 +28,7 @@
         └── NotReadyError          the server is still starting, or no replica is alive
 
 ``http_status`` is what the server answers when the error reaches a request; ``exit_code`` is what the
-command line returns (documented in README.md).
+command line returns (documented in docs/operating.md).
 """
 
 from __future__ import annotations

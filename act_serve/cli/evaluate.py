@@ -131,10 +131,12 @@ def _harness(
 
 def _check_writable(file: Path) -> None:
     """Raises RequestError when the file can't be written, before minutes are spent on what goes in there."""
+    there = file.exists()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8"):
-            pass
+        file.open("a", encoding="utf-8").close()
+        if not there:
+            file.unlink()
     except OSError as exc:
         raise _unwritable(file, exc) from exc
 

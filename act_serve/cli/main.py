@@ -110,6 +110,8 @@ def main() -> None:
 
 
 def _out_of_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
     from act_serve.models.free_memory import out_of_memory
 
     return out_of_memory(error)

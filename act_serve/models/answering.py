@@ -14,6 +14,9 @@ from transformers import GenerationConfig
 from act_serve.models.examples import Batch, Encoded, Example, collate, encode_prompt, padded_length
 from act_serve.models.free_memory import in_parts
 
+# Items that are scored at once; fewer where memory is too little.
+NLL_BATCH = 16
+
 
 def answer_logits(model: Any, batch: Batch) -> Tensor:
     """Logits `[N, V]` at the N positions that predict an answer token."""
@@ -40,7 +43,9 @@ def answers(
     return found
 
 
-def nll_sums(model: Any, items: Sequence[Encoded], *, pad_id: int, batch_size: int = 16) -> list[tuple[float, int]]:
+def nll_sums(
+    model: Any, items: Sequence[Encoded], *, pad_id: int, batch_size: int = NLL_BATCH
+) -> list[tuple[float, int]]:
     """Each item's negative log-likelihood, in nats, and its number of answer tokens, in the items' order."""
     order = sorted(range(len(items)), key=lambda index: len(items[index].ids))
     found = [(0.0, 0)] * len(items)

@@ -37,5 +37,7 @@ def products(name: str, inputs: Tensor, delta_KI: Tensor, rows: Tensor | slice, 
         return embedding(inputs, delta_KI.t())
     count = len(delta_KI)
     missing = -count % ROWS_MULTIPLE
+    if not missing:  # padding would copy them
+        return linear(inputs, delta_KI, bias_K)
     bias = None if bias_K is None else pad(bias_K, (0, missing))
     return linear(inputs, pad(delta_KI, (0, 0, 0, missing)), bias)[..., :count]

@@ -1,6 +1,7 @@
 """Checks that two models are close enough for rows of one to fit into the other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.errors import ModelError, PairMismatchError
 from act_serve.models.families import channel_modules, read_config
 from act_serve.models.loading import load_tokenizer
-from act_serve.models.row_reader import open_rows
+from act_serve.models.row_reader import RowReader, open_rows
 
 _SAME = (
     "model_type",
@@ -27,6 +28,7 @@ _SAME = (
     "mlp_bias",
 )
 
+_MAPPED_VALUES = 1 << 27
 # Text on which tokenizers of one vocabulary differ when their merges, their normalisation or the way they split do.
 _PROBE = """The quick brown fox's 12,345.67 jumps — over  two   spaces!
 \tdef naïve_façade(x): return {"clé": [x**2, 0xFF]}  # ÄÖÜ ß ñ ¿qué?
@@ -91,9 +93,9 @@ def others_that_differ(base: Path, source: Path, include: Sequence[str] = ()) ->
     """The number of tensors that differ and lie in no module that holds channels; reads them all."""
     covered = {f"{module.name}.{kind}" for module in channel_modules(base, include) for kind in ("weight", "bias")}
     with open_rows(base) as left, open_rows(source) as right:
-        mine, other = set(left.names()), set(right.names())
-    alone, common = mine ^ other, mine & other
-    return len(alone - covered) + sum(not _same(base, source, name) for name in common - covered)
+        mine, other = set(left.names()) - covered, set(right.names()) - covered
+        sizes = {name: prod(left.shape(name)) for name in sorted(mine & other)}
+    return len(mine ^ other) + sum(_differing(base, source, names) for names in _groups(sizes))
 
 
 def left_out(count: int) -> str:
@@ -109,13 +111,29 @@ def _maths(folder: Path) -> dict[str, Any]:
     return {**found, **found["rope"], "rope": None}
 
 
-def _same(base: Path, source: Path, name: str) -> bool:
-    """Whether both have the same values; opened for this tensor alone, as what was read stays mapped."""
-    with open_rows(base, [name]) as left, open_rows(source, [name]) as right:
-        return left.shape(name) == right.shape(name) and all(
-            torch.equal(*(block.float() for block in blocks))
-            for blocks in zip(left.blocks(name), right.blocks(name), strict=True)
-        )
+def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in groups of about so many values as may be mapped at once."""
+    group, values = list[str](), 0
+    for name, size in sizes.items():
+        group.append(name)
+        values += size
+        if values >= _MAPPED_VALUES:
+            yield group
+            group, values = [], 0
+    yield group
+
+
+def _differing(base: Path, source: Path, names: Sequence[str]) -> int:
+    """How many of the tensors differ; what was read stays mapped until both checkpoints are closed."""
+    with open_rows(base, names) as left, open_rows(source, names) as right:
+        return sum(not _same(left, right, name) for name in names)
+
+
+def _same(left: RowReader, right: RowReader, name: str) -> bool:
+    return left.shape(name) == right.shape(name) and all(
+        torch.equal(*(block.float() for block in blocks))
+        for blocks in zip(left.blocks(name), right.blocks(name), strict=True)
+    )
 
 
 def _value(config: Mapping[str, Any], field: str) -> Any:
@@ -146,7 +164,8 @@ def _check_tokenizers(base: Path, source: Path) -> None:
     for line in _PROBE.splitlines():
         mine, other = (tokenizer.tokenize(line) for tokenizer in tokenizers)
         if mine != other:
-            at = next((n for n, pair in enumerate(zip(mine, other, strict=False)) if pair[0] != pair[1]), 0)
+            shorter = min(len(mine), len(other))
+            at = next((n for n in range(shorter) if mine[n] != other[n]), shorter)
             raise PairMismatchError(
                 f"the tokenizers of {base} and {source} have one vocabulary and split text differently: of {line!r} "
                 f"the base makes {mine[at : at + 4]} where the ability model has {other[at : at + 4]}; a delta "

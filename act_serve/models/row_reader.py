@@ -50,7 +50,7 @@ class RowReader:
         return self._shard(name).get_tensor(name)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The tensor `name` in parts of at most `_BLOCK` rows or entries, in their order."""
+        """The tensor `name` in parts, in their order, of at most `_BLOCK` along its first dimension."""
         shape, view = self.shape(name), self._shard(name).get_slice(name)
         if not shape:
             yield self.tensor(name)

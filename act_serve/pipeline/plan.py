@@ -11,16 +11,15 @@ from act_serve.models.answering import answer_logits
 from act_serve.models.examples import Example, collate, encode
 from act_serve.models.families import channel_modules, is_mixture, layer_and_projection, read_config
 from act_serve.models.layerwise import watch_layers
-from act_serve.models.loading import computing_dtype, load_model, load_tokenizer
+from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.pipeline.memory_use import MemoryUse, fits, memory_use, model_bytes
+from act_serve.pipeline.plan_memory import evaluating, training_source, tuning_rows
 from act_serve.pipeline.rankings.catalogue import RANKINGS
 from act_serve.pipeline.search_tasks import search_tasks
 from act_serve.profile.schema import Localize, Profile, Search
 
 # A training step costs about this many forward passes over the same tokens, measured on one CPU core.
 DENSE_STEP, ROWS_STEP, RETENTION_STEP = 3.6, 3.0, 4.0
-# Bytes per linear parameter while it is trained densely, beside weight and gradient: float32 master, gradient, Adam.
-DENSE_BYTES = 4 + 4 + 8
 # Scoring an item, in forward passes: answers are generated for some of the tasks.
 SCORED = 3.0
 
@@ -36,7 +35,7 @@ class PlannedStage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a build will do, and the most memory that it takes beyond the libraries'."""
+    """What a build will do, and the most memory that it takes beyond the libraries', an estimate."""
 
     stages: tuple[PlannedStage, ...]
     peak_bytes: int
@@ -52,13 +51,14 @@ def make_plan(profile: Profile, base: Path, sample: list[Example], others: Seque
     one_layer = use.layerwise or not (fits(base) or is_mixture(read_config(base)))  # mixtures have no way around it
     seconds_per_item, whole = _forward_cost(base, sample, one_layer), model_bytes(base)
     stages = []
-    linear = sum(module.out_features * module.in_features for module in channel_modules(base))
-    peak = whole if use.layerwise else 2 * whole
+    peak = max(
+        whole if use.layerwise or not RANKINGS[profile.localize.ranking].reads_text else 2 * whole, evaluating(base)
+    )
     train, tune = profile.source.train, profile.finetune
     if train is not None:
         seconds = DENSE_STEP * seconds_per_item * train.steps * train.batch_size
         stages.append(PlannedStage("source", f"train the ability model densely, {train.steps} steps", seconds))
-        peak = max(peak, whole + linear * (DENSE_BYTES + 2 * computing_dtype().itemsize))
+        peak = max(peak, training_source(base, train))
     search = profile.search
     if not profile.source.ability:
         stages.append(_calibration(profile.localize, use, seconds_per_item))
@@ -73,6 +73,7 @@ def make_plan(profile: Profile, base: Path, sample: list[Example], others: Seque
     if tune.steps:
         kept = RETENTION_STEP * tune.retention.items_per_step if tune.retention else 0.0
         taught = 1.0 if tune.loss == "distill" else 0.0
+        peak = max(peak, tuning_rows(base, tune, max(search.p) if search else profile.localize.p))
         batches = tune.steps * tune.gradient_accumulation * (len(search.p) if search else 1)
         seconds = ((ROWS_STEP + taught) * tune.batch_size + kept) * seconds_per_item * batches
         stages.append(PlannedStage("finetune", f"train the rows alone, {tune.steps} steps", seconds))

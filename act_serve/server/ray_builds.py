@@ -80,8 +80,9 @@ def build_on_ray(
 
 def _refuse_waiting(profile: Profile, names: Sequence[str]) -> None:
     """All builds begin at once, so that which version is the latest would be a matter of luck."""
-    needed = Composition.parse("+".join((*profile.source.ability, *profile.finetune.company))).abilities
-    waits_for = sorted({each.name for each in needed if each.version is None and each.name in names})
+    named = (*profile.source.ability, *profile.finetune.company)
+    needed = {each.name for text in named for each in Composition.parse(text).abilities if each.version is None}
+    waits_for = sorted(needed & (set(names) - {profile.name}))
     if waits_for:
         raise ProfileError(
             f"{profile.name} goes on from, or in company of, {', '.join(waits_for)}, which is built at the same time; "

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from act_serve.cli.main import app, main
+from act_serve.cli.main import _out_of_memory, app, main
 from act_serve.delta.artifact import ModuleDelta
 from act_serve.errors import ActServeError, ArtifactDamagedError, DataError, ProfileError, RequestError
 from act_serve.pipeline import compose
@@ -107,8 +107,10 @@ def test_mistakes_are_our_own_errors(home: Path, words: tuple[str, ...], monkeyp
 def test_scores_that_cannot_be_written_are_refused_before_anything_is_scored(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compose, "score_composition", lambda **_: pytest.fail("scored first"))
     common = ("--base", home / "base", "--store", home / "store")
+    call("eval", home / "task.jsonl", *common, "--metric", "nll", "--json", home / "new" / "scores.json")
+    assert json.loads((home / "new" / "scores.json").read_text())["scores"]
+    monkeypatch.setattr(compose, "score_composition", lambda **_: pytest.fail("scored first"))
     with pytest.raises(
         RequestError, match=r"can't be written to .*task\.jsonl/scores\.json: .*another file with --json"
     ):
@@ -129,6 +131,13 @@ def test_too_little_memory_is_an_error_of_ours(
     assert (
         "act-serve: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); end what" in capsys.readouterr().err
     )
+
+
+def test_errors_without_torch_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setitem(sys.modules, "act_serve.models.free_memory", None)
+    assert not _out_of_memory(RuntimeError("out of memory"))
+    assert _out_of_memory(MemoryError())
 
 
 SHIPPED = Path(__file__).parents[2] / "profiles" / "abilities"

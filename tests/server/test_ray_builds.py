@@ -120,6 +120,17 @@ def test_what_needs_another_build_is_not_begun_with_it(pair: Path) -> None:
         build_on_ray([first, known], store=pair, work=pair, address="127.0.0.1:1", show=lambda _: None)
 
 
+def test_shipped_profiles_wait_for_nothing_that_is_built_elsewhere() -> None:
+    paths = sorted((Path(__file__).parents[2] / "profiles" / "abilities").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        profile = load_profile(path)
+        ray_builds._refuse_waiting(profile, [profile.name, "another"])
+    es = load_profile(paths[0].with_name("es-2.yaml"))
+    with pytest.raises(ProfileError, match="in company of, es, which is built at the same time"):
+        ray_builds._refuse_waiting(es.model_copy(update={"name": "castellano"}), ["castellano", "es"])
+
+
 @pytest.mark.parametrize(
     ("machines", "builds", "room"),
     [

@@ -10,6 +10,7 @@ from act_serve.errors import DataError
 from act_serve.models.examples import Example
 from act_serve.pipeline.datasets.english_prose import debian_handbook, python_reference
 from act_serve.pipeline.datasets.general_ability import general_ability
+from act_serve.pipeline.datasets.gsm8k import gsm8k
 from act_serve.pipeline.datasets.libreoffice_help import language_lessons
 from act_serve.pipeline.datasets.order_notes import order_notes
 from act_serve.pipeline.datasets.splits import Split, split_of
@@ -21,6 +22,7 @@ MAKERS: dict[str, Callable[..., list[Example]]] = {
     "order_notes": order_notes,
     "word_problems": word_problems,
     "general_ability": general_ability,
+    "gsm8k": gsm8k,
     "python_reference": python_reference,
     "debian_handbook": debian_handbook,
 }
