@@ -15,7 +15,7 @@ COPY pyproject.toml requirements.lock README.md LICENSE NOTICE ./
 COPY act_serve act_serve
 RUN pip install --no-cache-dir uv==0.13.9
 # The lock decides every version; the extras keep the tools of development out.
-RUN uv pip install --system --no-cache --torch-backend cpu --constraint requirements.lock ".[serve,build]"
+RUN uv pip install --system --no-cache --torch-backend cpu --constraint requirements.lock ".[serve,build,s3,otel]"
 COPY --chown=1000:1000 abilities abilities
 
 ENV PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1

