@@ -7,7 +7,7 @@ costs nothing but an entry in a table; only abilities take memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,7 +147,7 @@ class AbilityManager:
         for key, ability in prepared.items():
             # Who asks keeps the budget and says what leaves (engine/seats.py); no step has used these yet, so that
             # they would look idle here.
-            self._residents.install(key, ability, in_use=list(self._residents), over_budget=True)
+            self._residents.install(key, ability, over_budget=True)
         self._loaded = self._loaded or bool(prepared)
         return True
 
@@ -342,11 +342,10 @@ class AbilityManager:
         """
         compositions = list(compositions)
         for resolved in compositions:
-            if not all(key in self._residents for key in resolved.weights):
-                self._load(resolved, in_use=set(self._residents), over_budget=True)
+            self._load(resolved, over_budget=True)
         return {key for resolved in compositions for key in resolved.weights}
 
-    def _load(self, resolved: _Resolved, in_use: set[AbilityKey], over_budget: bool = False) -> bool:
+    def _load(self, resolved: _Resolved, in_use: Collection[AbilityKey] = (), over_budget: bool = False) -> bool:
         missing = [key for key in resolved.weights if key not in self._residents]
         for key in missing:
             started = self._loading.pop(key, None) or self._loader.submit(self._prepare, key)

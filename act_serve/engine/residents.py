@@ -112,18 +112,19 @@ class ResidentAbilities:
         in_use: Collection[AbilityKey] = (),
         over_budget: bool = False,
     ) -> None:
-        """Makes an ability resident; evicts idle ones as far as the budget asks.
+        """Makes an ability resident; evicts idle ones as far as the budget asks, unless it is to be over it.
 
         Args:
             key: not resident yet.
             in_use: abilities that must stay.
-            over_budget: install even where the budget cannot hold it, because a step waits for it.
+            over_budget: whatever the budget says, and nothing leaves: a step waits, or who asks keeps the budget.
 
         Raises:
             EngineError: the budget cannot hold it beside those in use.
         """
         size = sum(rows.nbytes for rows in prepared.rows)
-        self._make_room(key, size, in_use, over_budget)
+        if not over_budget:
+            self._make_room(key, size, in_use)
         for layer, rows in zip(self._layers, prepared.rows, strict=True):
             layer.resident[key] = rows
         self._bytes[key], self._kinds[key] = size, prepared.kinds
@@ -178,14 +179,14 @@ class ResidentAbilities:
             for ability in rows
         ]
 
-    def _make_room(self, key: AbilityKey, size: int, in_use: Collection[AbilityKey], over_budget: bool) -> None:
+    def _make_room(self, key: AbilityKey, size: int, in_use: Collection[AbilityKey]) -> None:
         idle = [other for other in self._bytes if other not in in_use]
         free = self._max_bytes - self.bytes
         leaving = []
         while size > free and idle:
             leaving.append(idle.pop(0))
             free += self._bytes[leaving[-1]]
-        if size > free and not over_budget:
+        if size > free:
             raise EngineError(
                 f"ability {key} needs {size / 2**20:.1f} MiB, but {free / 2**20:.1f} MiB of the budget of "
                 f"{self._max_bytes / 2**20:.1f} MiB can be freed; raise max_resident_bytes"

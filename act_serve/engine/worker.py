@@ -169,7 +169,7 @@ class AbilityWorker(_Worker):
             logger.exception("Loading abilities failed")
             names = ", ".join(f"{name}@{version}" for name, version, _ in keys)
             error, message = EngineError.__name__, f"{names} could not be loaded: {type(exc).__name__}: {exc}"
-        return ready, error, message, [astuple(key) for key in manager.resident()]
+        return ready, error, message, [(key.name, key.version, key.digest) for key in manager.resident()]
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """As vLLM's, for servers that load no abilities themselves.

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from act_serve.models.examples import Batch, Encoded, Example, collate, encode_prompt, padded_length
-from act_serve.models.free_memory import in_parts
+from act_serve.models.in_batches import in_batches
 
 # Items that are scored at once; fewer where memory is too little.
 NLL_BATCH = 16
@@ -31,30 +31,18 @@ def answers(
 ) -> list[str]:
     """Greedy answers to the examples' prompts, in their order, without special tokens."""
     prompts = [encode_prompt(tokenizer, example.prompt or "") for example in examples]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    found = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        texts = in_parts(
-            lambda part: _generate(model, tokenizer, part, max_new_tokens), [prompts[index] for index in chosen]
-        )
-        for index, text in zip(chosen, texts, strict=True):
-            found[index] = text
-    return found
+    return in_batches(
+        lambda part: _generate(model, tokenizer, part, max_new_tokens), prompts, size=batch_size, length=len
+    )
 
 
 def nll_sums(
     model: Any, items: Sequence[Encoded], *, pad_id: int, batch_size: int = NLL_BATCH
 ) -> list[tuple[float, int]]:
     """Each item's negative log-likelihood, in nats, and its number of answer tokens, in the items' order."""
-    order = sorted(range(len(items)), key=lambda index: len(items[index].ids))
-    found = [(0.0, 0)] * len(items)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        sums = in_parts(lambda part: _nll_sums(model, part, pad_id), [items[index] for index in chosen])
-        for index, each in zip(chosen, sums, strict=True):
-            found[index] = each
-    return found
+    return in_batches(
+        lambda part: _nll_sums(model, part, pad_id), items, size=batch_size, length=lambda item: len(item.ids)
+    )
 
 
 def _nll_sums(model: Any, items: Sequence[Encoded], pad_id: int) -> list[tuple[float, int]]:

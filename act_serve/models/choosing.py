@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from act_serve.models.examples import Example
-from act_serve.models.free_memory import in_parts
+from act_serve.models.in_batches import in_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,10 @@ def choice_likelihoods(
     Prompts are read as plain text without a chat template, once for all choices: a choice sees the prompt and itself.
     """
     packed = [_pack(tokenizer, example) for example in examples]
-    order = sorted(range(len(packed)), key=lambda index: len(packed[index].ids))
-    found: list[list[float]] = [[] for _ in packed]
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        with torch.inference_mode():
-            sums = in_parts(lambda part: _likelihoods(model, part), [packed[index] for index in chosen])
-        for index, values in zip(chosen, sums, strict=True):
-            found[index] = values
-    return found
+    with torch.inference_mode():
+        return in_batches(
+            lambda part: _likelihoods(model, part), packed, size=batch_size, length=lambda item: len(item.ids)
+        )
 
 
 def _pack(tokenizer: Any, example: Example) -> _Packed:

@@ -1,14 +1,9 @@
 """How much memory is free where models are loaded, giving back what was freed, telling when there was too little."""
 
 import ctypes
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -43,20 +38,6 @@ def out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def in_parts(run: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R]:
-    """``run(items)``; in halves, and halves of these, where memory is too little for all at once."""
-    try:
-        return run(items)
-    except (MemoryError, RuntimeError) as exc:
-        if len(items) == 1 or not out_of_memory(exc):
-            raise
-    # Not inside `except`: the error's frames hold what the attempt had taken.
-    return_freed()
-    torch.cuda.empty_cache()
-    half = len(items) // 2
-    return [*in_parts(run, items[:half]), *in_parts(run, items[half:])]
 
 
 def _available() -> int | None:

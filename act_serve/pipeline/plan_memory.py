@@ -34,15 +34,13 @@ def evaluating(base: Path) -> int:
 
 def training_source(base: Path, settings: TrainSource) -> int:
     """Bytes at the peak of training the ability model densely."""
-    linear = sum(module.out_features * module.in_features for module in channel_modules(base))
-    trained = linear * (_TRAINED + 2 * computing_dtype().itemsize)
+    trained = _linear_values(base) * (_TRAINED + 2 * computing_dtype().itemsize)
     return int(_SLACK * (model_bytes(base) + trained + _step(base, settings.batch_size)))
 
 
 def tuning_rows(base: Path, settings: FineTune, p: float) -> int:
     """Bytes at the peak of training a share p of the linear layers' rows: of these alone there is optimizer state."""
-    linear = sum(module.out_features * module.in_features for module in channel_modules(base))
-    rows = int(linear * p)
+    rows = int(_linear_values(base) * p)
     held = rows * (_TRAINED + 4 * len(settings.company))  # others' rows lie beneath as float32
     if settings.retention is not None:
         held += _step(base, settings.retention.items_per_step, _RETAINED_LOGITS)
@@ -56,6 +54,10 @@ def _step(base: Path, items: int, logits: int = _LOGITS) -> int:
     layer = _KEPT_HIDDEN * config["hidden_size"] + _KEPT_INNER * config["intermediate_size"]
     token = config["num_hidden_layers"] * layer * size + _vocabulary(base) * (size + logits)
     return items * MAX_TOKENS * token
+
+
+def _linear_values(base: Path) -> int:
+    return sum(module.out_features * module.in_features for module in channel_modules(base))
 
 
 def _vocabulary(base: Path) -> int:

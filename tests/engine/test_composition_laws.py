@@ -102,6 +102,11 @@ class Layer:
             self.batch.fill(ids_T, compositions)
         return self.method.apply(torch.nn.Module(), x_TI, self.bias_O)
 
+    def changes(self, x_TI: torch.Tensor, compositions: Sequence[Weights]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The base's output, and what each composition adds to it when all tokens use it."""
+        base_TO, ids_T = self.base(x_TI), [1] * len(x_TI)
+        return base_TO, [self.step(x_TI, ids_T, {1: composition}) - base_TO for composition in compositions]
+
 
 ABILITY = st.builds(
     Ability,
@@ -152,8 +157,7 @@ def test_a_composition_is_the_sum_of_its_parts(
     layer, x_TI = Layer(abilities), tokens_of(tokens, seed)
     layer.load(layer.keys)
     weight_of = dict(zip(layer.keys, weights, strict=False))
-    base_TO = layer.base(x_TI)
-    parts = [layer.step(x_TI, [1] * tokens, {1: {key: 1.0}}) - base_TO for key in layer.keys]
+    base_TO, parts = layer.changes(x_TI, [{key: 1.0} for key in layer.keys])
     expected = base_TO + sum(weight * part for weight, part in zip(weight_of.values(), parts, strict=True))
     size = base_TO.abs().max() + sum(abs(w) * p.abs().max() for w, p in zip(weight_of.values(), parts, strict=True))
     got = layer.step(x_TI, [1] * tokens, {1: weight_of})
@@ -168,8 +172,7 @@ def test_the_sum_of_compositions_is_the_composition_of_sums(
     layer, x_TI = Layer(abilities), tokens_of(tokens, seed)
     layer.load(layer.keys)
     one, two = (dict(zip(layer.keys, part, strict=False)) for part in (weights[:4], weights[4:]))
-    base_TO = layer.base(x_TI)
-    parts = [layer.step(x_TI, [1] * tokens, {1: composition}) - base_TO for composition in (one, two)]
+    base_TO, parts = layer.changes(x_TI, [one, two])
     got = layer.step(x_TI, [1] * tokens, {1: {key: one[key] + two[key] for key in layer.keys}})
     size = sum(abs(weight) for weight in weights) * 40 * IN**0.5 + base_TO.abs().max()
     assert torch.allclose(got, base_TO + parts[0] + parts[1], rtol=0, atol=float(size) * 1e-6)

