@@ -3,6 +3,7 @@
     python -m benchmarks.ability_peers --ability extract --json peers-extract.json
     python -m benchmarks.ability_peers --ability fr --steps 400 --rate lora=1e-3 --json peers-fr.json
     python -m benchmarks.ability_peers --ability fr --steps 0 --methods rows,gradient,random_rows --json transfers.json
+    python -m benchmarks.ability_peers --ability extract --finetune '{retention: null}' --json forgetting.json
     python -m benchmarks.ability_peers --merge fr+extract --json peers-merge.json
 
 All methods are trained by the same transformers Trainer on the same batches in the same order, with the same
@@ -12,7 +13,9 @@ transferred from the source model, `lora_svd` with the best approximation of tha
 `lora` and `shira` begin with no change. A ranking of act-serve as a method (`gradient`, `activation_relative`) is
 `rows` chosen by it at the same p. With --steps 0 rows are transferred and not trained. Stored bytes: rows as --stored
 with their places; LoRA's factors in bfloat16; SHiRA's values in bfloat16 with one 4-byte place each (PEFT itself writes
-twice as much). The rank of a peer is the one whose bytes come nearest to those of the rows.
+twice as much). The rank of a peer is the one whose bytes come nearest to those of the rows. --finetune changes the
+profile's fine-tuning for all methods: without retention, distilled from the source. --beside fr measures every method
+once more with that ability of the store added, on the tasks of both.
 The source model must have been built (`act-serve build-delta`). A method that the JSON file holds for the same
 settings is not measured again.
 """
@@ -21,17 +24,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from act_serve.delta.artifact import ModuleDelta, as_stored, serialize_modules
+from act_serve.delta.artifact import ModuleDelta, as_stored, read_artifact, serialize_modules
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.manifest import read_manifest
 from act_serve.home import cache_home
@@ -57,8 +61,8 @@ from benchmarks.ability_bench import (
 )
 from benchmarks.ability_tables import percent, score
 from benchmarks.merge_peers import merges
-from benchmarks.peer_results import Kept, Made
-from benchmarks.peft_peers import Peer, train_peer
+from benchmarks.peer_results import Kept, Made, Results
+from benchmarks.peft_peers import Beside, Peer, train_peer
 
 METHODS = ("rows", "rows_from_zero", "random_rows", "lora", "lora_svd", "shira")
 RANKINGS: dict[str, Ranking] = {"random_rows": "random", **{ranking: ranking for ranking in get_args(Ranking)}}
@@ -74,6 +78,7 @@ class Contest:
     source: Path
     lessons: Lessons
     questions: list[Question]
+    beside: Beside
     seed: int
     rates: dict[str, float]
 
@@ -94,6 +99,15 @@ class Contest:
     def transferred(self, method: str) -> dict[str, ModuleDelta]:
         """The method's rows with the differences of the source model."""
         return transferred(self.profile, self.rows(method), base=self.base, source=self.source)
+
+
+def measured(contest: Contest, model: Path, deltas: Sequence[Mapping[str, ModuleDelta]] = ()) -> Results:
+    """What a model with deltas scores, alone and beside the abilities of the contest."""
+    alone = measure_items(model, deltas, contest.questions)
+    beside = contest.beside
+    if not beside.questions:
+        return alone
+    return {**alone, **measure_items(model, [*deltas, *beside.deltas], beside.questions)}
 
 
 def train(contest: Contest, method: str) -> Made:
@@ -118,7 +132,7 @@ def train(contest: Contest, method: str) -> Made:
     return Made(
         len(serialize_modules(deltas, stored)),
         sum(each.delta.numel() for each in deltas.values()),
-        measure_items(contest.base, [as_stored(deltas, stored)], contest.questions),
+        measured(contest, contest.base, [as_stored(deltas, stored)]),
     )
 
 
@@ -127,7 +141,7 @@ def _train_peer(contest: Contest, method: str) -> Made:
     peer = Peer(method, contest.budget(), contest.base, contest.source)
     teacher = load_model(contest.source) if settings.loss == "distill" else None
     results, size, parameters = train_peer(
-        peer, contest.lessons, contest.questions, settings, contest.seed, teacher, _report
+        peer, contest.lessons, contest.questions, settings, contest.seed, teacher, _report, contest.beside
     )
     return Made(size, parameters, results)
 
@@ -141,14 +155,14 @@ def compare(contest: Contest, methods: tuple[str, ...], file: Path, said: Figure
     """Trains and measures what the file has not yet, and puts all methods beside base, source and rows."""
     kept = Kept(file, said)
     references: dict[str, Callable[[], Made]] = {
-        "base": lambda: Made(0, 0, measure_items(contest.base, [], contest.questions)),
-        "source": lambda: Made(0, 0, measure_items(contest.source, [], contest.questions)),
+        "base": lambda: Made(0, 0, measured(contest, contest.base)),
+        "source": lambda: Made(0, 0, measured(contest, contest.source)),
     }
     made = {name: kept.get(name, work) for name, work in references.items()}
     for method in methods:
         made[method] = kept.get(method, lambda: train(contest, method))  # noqa: B023
     base, source = made["base"].results, made["source"].results
-    own = {task.name for task in contest.profile.score}
+    own = {name for task in contest.profile.score for name in (task.name, contest.beside.name_of(task.name))}
     return {
         name: {
             "bytes": found.stored_bytes,
@@ -174,12 +188,32 @@ def _questions(profile: Profile, options: argparse.Namespace, *, own: bool) -> l
     ]
 
 
+def _beside(profile: Profile, options: argparse.Namespace) -> Beside:
+    if not options.beside:
+        return Beside("", [], [])
+    artifacts = artifacts_of(options.beside, options.store)
+    if unweighted := [path for path, weight in artifacts if weight != 1]:
+        raise SystemExit(f"--beside {options.beside}: give {unweighted[0].parent.name} no weight")
+    others = [load_profile(options.profiles / f"{path.parent.name}.yaml") for path, _ in artifacts]
+    found = Beside(options.beside, [read_artifact(path)[1] for path, _ in artifacts], [])
+    asked = [question for each in (profile, *others) for question in _questions(each, options, own=True)]
+    renamed = [
+        Question(question.task.model_copy(update={"name": found.name_of(question.task.name)}), question.examples)
+        for question in asked
+    ]
+    return replace(found, questions=renamed)
+
+
+def _versions(composition: str, store: Path) -> dict[str, str]:
+    manifests = {path.parent.name: read_manifest(path) for path, _ in artifacts_of(composition, store)}
+    return {name: f"{manifest.version}~{manifest.digest}" for name, manifest in manifests.items()}
+
+
 def _contest(options: argparse.Namespace) -> tuple[Contest, Figure]:
     profile = load_profile(options.profiles / f"{options.ability}.yaml")
-    steps = profile.finetune.steps if options.steps is None else options.steps
-    profile = profile.model_copy(
-        update={"stored": options.stored, "finetune": profile.finetune.model_copy(update={"steps": steps})}
-    )
+    changes = {**options.finetune, **({} if options.steps is None else {"steps": options.steps})}
+    finetuning = FineTune.model_validate({**profile.finetune.model_dump(), **changes})
+    profile = profile.model_copy(update={"stored": options.stored, "finetune": finetuning})
     source = source_folder(profile, options.work or cache_home() / "builds")
     if source is None:
         raise SystemExit(f"{profile.name} has no source model yet; build it first with act-serve build-delta")
@@ -191,6 +225,7 @@ def _contest(options: argparse.Namespace) -> tuple[Contest, Figure]:
         source=source,
         lessons=Lessons(ability, retained_text(profile)),
         questions=_questions(profile, options, own=False),
+        beside=_beside(profile, options),
         seed=seed,
         rates=dict(options.rate),
     )
@@ -198,6 +233,7 @@ def _contest(options: argparse.Namespace) -> tuple[Contest, Figure]:
         "profile": profile.model_dump(mode="json"),
         "source": fingerprint_model(source).sample,
         "items": options.items,
+        **({"beside": _versions(options.beside, options.store)} if options.beside else {}),
         "seed": seed,
         "rates": dict(options.rate),
     }
@@ -227,6 +263,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what.add_argument("--ability", help="ability whose data all methods are trained on")
     what.add_argument("--merge", help="two abilities of the store, such as fr+extract, for the merging methods")
     parser.add_argument("--steps", type=int, help="training steps of every method; default the profile's")
+    changed = "settings of the profile's finetune to change, as YAML: '{retention: null}', '{loss: distill}'"
+    parser.add_argument("--finetune", type=yaml.safe_load, default={}, help=changed)
+    of_beside = "ability of the store, or several, such as fr, that every method is measured beside, too"
+    parser.add_argument("--beside", help=of_beside)
     known = f"default: {','.join(METHODS)}; or a ranking: {', '.join(get_args(Ranking))}"
     parser.add_argument("--methods", type=_methods, help=known)
     parser.add_argument("--rate", type=_rate, action="append", default=[], help="METHOD=LEARNING_RATE; repeatable")
@@ -243,10 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.merge:
-        manifests = {path.parent.name: read_manifest(path) for path, _ in artifacts_of(options.merge, options.store)}
-        versions = {name: f"{manifest.version}~{manifest.digest}" for name, manifest in manifests.items()}
+        versions = _versions(options.merge, options.store)
         settings: Any = {"merge": options.merge, "abilities": versions, "density": options.density}
-        profiles = {name: load_profile(options.profiles / f"{name}.yaml") for name in manifests}
+        profiles = {name: load_profile(options.profiles / f"{name}.yaml") for name in versions}
         questions = [question for profile in profiles.values() for question in _questions(profile, options, own=True)]
         kept = Kept(options.json, {**settings, "items": options.items})
         found = merges(

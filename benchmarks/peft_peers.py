@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 
+from act_serve.delta.artifact import ModuleDelta
 from act_serve.models.families import ChannelModule, channel_modules
 from act_serve.models.loading import load_model, load_tokenizer
+from act_serve.models.row_delta import RowDeltas
 from act_serve.models.row_reader import open_rows
 from act_serve.pipeline.evaluate import Question, evaluate
 from act_serve.pipeline.finetune import Lessons, make_course
@@ -35,6 +37,19 @@ class Peer:
     stored_bytes: int
     base: Path
     source: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Abilities, called `composition`, that are added to every method, and what is asked then."""
+
+    composition: str
+    deltas: Sequence[Mapping[str, ModuleDelta]]
+    questions: Sequence[Question]
+
+    def name_of(self, task: str) -> str:
+        """The name of a task that is measured with these abilities, too."""
+        return f"{task}_with_{self.composition}"
 
 
 class _Adapter:
@@ -60,6 +75,7 @@ def train_peer(
     seed: int,
     teacher: Any | None,
     report: Report,
+    beside: Beside | None = None,
 ) -> tuple[dict[str, Measured], int, int]:
     """Returns the results of the adapter in bfloat16, its bytes and its parameters."""
     torch.manual_seed(seed)
@@ -80,7 +96,13 @@ def train_peer(
         for each in tuned.parameters():
             each.copy_(each.bfloat16())
     adapted.eval()
-    return evaluate(model, tokenizer, questions), parameters * BYTES_PER_VALUE[peer.method], parameters
+    results = evaluate(model, tokenizer, questions)
+    if beside is not None and beside.questions:
+        with ExitStack() as stack:
+            for deltas in beside.deltas:
+                stack.enter_context(RowDeltas(deltas).attached(model))
+            results |= evaluate(model, tokenizer, beside.questions)
+    return results, parameters * BYTES_PER_VALUE[peer.method], parameters
 
 
 def fitting_rank(peer: Peer, modules: list[ChannelModule]) -> int:

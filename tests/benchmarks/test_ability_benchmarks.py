@@ -198,6 +198,28 @@ def test_methods_are_compared_at_equal_bytes(home: Path, capsys: pytest.CaptureF
     assert " took " not in capsys.readouterr().out
 
 
+def test_methods_are_measured_beside_another_ability_and_with_other_finetuning(home: Path) -> None:
+    arguments = [*common(home), "--ability", "demo", "--steps", "2", "--methods", "rows,lora,shira"]
+    ability_peers.main(
+        [*arguments, "--finetune", "{learning_rate: 0.05}", "--beside", "second", "--json", str(home / "b.json")]
+    )
+    beside = json.loads((home / "b.json").read_text())["methods"]
+    ability_peers.main(
+        [*arguments, "--finetune", "{retention: null, learning_rate: 0.05}", "--json", str(home / "f.json")]
+    )
+    forgetting = json.loads((home / "f.json").read_text())["methods"]
+    ability_quality.main([*common(home), "--json", str(home / "q.json"), "--only", "quality"])
+    second = json.loads((home / "q.json").read_text())["quality"]["figures"]["second"]["tasks"][0]["delta"]["score"]
+    assert beside["base"]["tasks"]["second_nll_with_second"]["score"] == pytest.approx(second, abs=1e-4)
+    for method in ("rows", "lora", "shira"):
+        tasks = beside[method]["tasks"]
+        assert tasks["demo_nll_with_second"]["score"] != tasks["demo_nll"]["score"]
+        assert tasks["second_nll_with_second"]["score"] != beside["base"]["tasks"]["second_nll_with_second"]["score"]
+        assert forgetting[method]["tasks"]["demo_nll"]["score"] != tasks["demo_nll"]["score"]
+    with pytest.raises(SystemExit, match="give second no weight"):
+        ability_peers.main([*arguments, "--beside", "second*0.5", "--json", str(home / "b.json")])
+
+
 def test_rankings_are_methods_and_rows_need_no_training(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*common(home), "--ability", "demo", "--steps", "0", "--json", str(home / "p.json")]
     ability_peers.main([*arguments, "--methods", "rows,weight_relative,gradient,random_rows"])
