@@ -82,6 +82,39 @@ def test_mixed_batch_equals_the_exported_checkpoints(
     assert len(set(said.values())) == len(said) == len(COMPOSITIONS) * len(PROMPTS), "each says another thing"
 
 
+def test_the_base_of_a_compiled_engine_keeps_its_bits(tmp_path: Path) -> None:
+    from vllm import SamplingParams
+
+    base, store = make(tmp_path / "base", "llama"), Store(tmp_path / "store")
+    publish_random(store, base, "norms-too", seed=1, share=0.1, scale=0.1, outside=True)
+    publish_random(store, base, "plain", seed=3, share=0.1, scale=0.1)
+    requests, compiled = Requests(store), {"dtype": "bfloat16", "max_model_len": 256, "enforce_eager": False}
+
+    def answers(llm: Any, texts: list[str]) -> list[tuple[tuple[int, ...], list[float]]]:
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS for _ in texts],
+            SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=0),
+            lora_request=[requests(text) for _ in PROMPTS for text in texts],
+            use_tqdm=False,
+        )
+        return [
+            (tuple(served.token_ids), [step[token].logprob for step, token in zip(served.logprobs, served.token_ids)])
+            for served in (output.outputs[0] for output in outputs)
+        ]
+
+    with running_engine(base, **compiled) as llm:
+        without = answers(llm, ["", ""])
+    with running_engine(base, store, **compiled) as llm:
+        before = answers(llm, ["", ""])
+        mixed = answers(llm, ["plain", ""])
+        answers(llm, ["norms-too", "plain"])
+        after = answers(llm, ["", ""])
+    assert before == without
+    assert mixed[1::2] == without[1::2], "beside others"
+    assert mixed[::2] != without[::2]
+    assert after == without
+
+
 def test_log_probabilities_base_bits_and_prompts_of_others(tmp_path: Path) -> None:
     from vllm import SamplingParams
 
