@@ -28,6 +28,7 @@ from act_serve.pipeline.calibrate import score_channels
 from act_serve.pipeline.compose import artifacts_of
 from act_serve.pipeline.datasets.catalogue import examples_hash, load_examples
 from act_serve.pipeline.evaluate import Question, evaluate
+from act_serve.pipeline.kept_gain import kept_gain
 from act_serve.pipeline.localize import localize
 from act_serve.pipeline.measured import Measured, combined
 from act_serve.pipeline.scorers import HIGHER_IS_BETTER, revision
@@ -209,10 +210,8 @@ def transferred(profile: Profile, rows: Mapping[str, Tensor], *, base: Path, sou
 
 def gain_kept(base: Measured, whole: Measured, part: Measured) -> Figure | None:
     """(part - base) / (whole - base) with its interval; None where `whole` is no better than the base."""
-    gain = whole.score - base.score
-    if gain == 0 or (gain > 0) != HIGHER_IS_BETTER[base.metric]:
-        return None
-    return figure(*combined(lambda low, high, found: (found - low) / (high - low), base, whole, part))
+    kept = kept_gain(base, whole, part)
+    return None if kept is None else figure(*kept)
 
 
 def fallen(before: Measured, after: Measured) -> Figure | None:

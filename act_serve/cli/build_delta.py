@@ -52,7 +52,8 @@ def build_delta(
 
     `accelerate launch $(which act-serve) build-delta PROFILE` trains the rows on several GPUs.
     An interrupted build goes on where it stopped. Nothing is published when an ability costs a retained task more
-    than its profile allows, or keeps less of the source model's gain than --keep asks for.
+    than its profile allows, or keeps less of the source model's gain than --keep asks for: on validation data, or on
+    the test examples beyond their confidence interval.
     """
     from act_serve.pipeline.processes import count, is_first
     from act_serve.profile.load import load_profile

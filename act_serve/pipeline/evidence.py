@@ -3,14 +3,24 @@
 import math
 from collections.abc import Mapping
 
+from rich.markup import escape
+
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import as_stored
-from act_serve.errors import ModelError, RetentionError
+from act_serve.errors import GainError, ModelError, RetentionError
 from act_serve.pipeline.candidate import Candidate, Origin, scored_rows
 from act_serve.pipeline.conflict import conflict
 from act_serve.pipeline.evaluate import broken
 from act_serve.pipeline.job import Job
-from act_serve.pipeline.measure import Scores, examples_of, load_intervals, manifest_scores, questions_of
+from act_serve.pipeline.kept_gain import Kept, kept_gain, lost_gain
+from act_serve.pipeline.measure import (
+    Scores,
+    examples_of,
+    load_intervals,
+    load_results,
+    manifest_scores,
+    questions_of,
+)
 from act_serve.pipeline.neighbours import neighbours
 from act_serve.pipeline.parent import Parent
 from act_serve.pipeline.publish import Evidence
@@ -22,7 +32,8 @@ from act_serve.pipeline.stage_files import load_deltas
 def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store, curve: Curve | None) -> Evidence:
     """Measures everything on held-out data and shows it.
 
-    Raises ModelError when a score is not finite, RetentionError when the ability costs too much.
+    Raises ModelError when a score is not finite, RetentionError when the ability costs too much, and GainError when it
+    keeps less of the ability model's gain than the search (`curve`) asked for, beyond what chance explains.
     """
     job, profile = candidate.job, candidate.job.profile
     questions = questions_of(profile)
@@ -39,6 +50,9 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
     scores = manifest_scores(questions, variants)
     job.screen.show_scores(profile.name, scores, intervals["delta"])
     _refuse_costly(job, variants["base"], variants["delta"])
+    kept = _kept(job) if isinstance(origin, Origin) else {}
+    if curve:
+        _refuse_lost_gain(job, kept, curve.keep)
     tuned = as_stored(load_deltas(candidate.final.folder), profile.stored)
     others = neighbours(store, job.base, profile.name)
     form = f"{job.base_key} {profile.stored} {candidate.final.key}"
@@ -53,6 +67,9 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
         "examples": examples_of(questions),
         "scores": [score.model_dump() for score in scores],
         "intervals": intervals,
+        "share_kept": {
+            task: {"value": share[0], "interval": share[1]} for task, share in kept.items() if share is not None
+        },
         "composed_with": pairs,
         "composed_intervals": {label: load_intervals(job.work / f"evaluate-with-{label}") for label in pairs},
         "conflicts": {other.label: conflict(tuned, other.deltas) for other in others},
@@ -61,6 +78,30 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
         "peak_bytes": dict(job.peak_bytes),
     }
     return Evidence(scores, details)
+
+
+def _kept(job: Job) -> dict[str, Kept | None]:
+    """The share of the ability model's gain that the delta keeps, by task."""
+    base, source, delta = (load_results(job.work / f"evaluate-{variant}") for variant in ("base", "source", "delta"))
+    return {task.name: kept_gain(*(each[task.name] for each in (base, source, delta))) for task in job.profile.score}
+
+
+def _refuse_lost_gain(job: Job, kept: Mapping[str, Kept | None], wanted: float) -> None:
+    """The search saw validation data alone; here are the test examples. Warns where these can't tell."""
+    missed, by_chance = lost_gain(kept, wanted)
+    said = f"of the source's gain on the test examples, where {wanted:.0%} was asked for: {'; '.join(missed)}"
+    if not by_chance:
+        raise GainError(
+            f"{job.profile.name} was not published: it keeps too little {said}. Allow a larger p, train the rows for "
+            "more steps, search on more items, or ask for less (--keep)."
+        )
+    if missed:
+        job.screen.note(
+            f"[yellow]warning[/yellow]: less is kept {escape(said)}; its interval reaches what was asked for"
+        )
+    if not any(kept.values()):
+        doubt = "the source model is no better than the base on any task's test examples, only on validation data"
+        job.screen.note(f"[yellow]warning[/yellow]: {doubt}")
 
 
 def _refuse_not_finite(name: str, variants: Mapping[str, Scores]) -> None:

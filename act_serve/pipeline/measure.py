@@ -77,10 +77,14 @@ def load_scores(folder: Path) -> Scores:
 
 def load_intervals(folder: Path) -> dict[str, Interval]:
     """The confidence interval of each score in a stage's folder; none where the items were not kept."""
-    if not (folder / ITEMS_FILE).exists():
-        return {}
+    found = load_results(folder) if (folder / ITEMS_FILE).exists() else {}
+    return {task: result.interval for task, result in found.items()}
+
+
+def load_results(folder: Path) -> Results:
+    """The numbers of every item that `save_results` wrote."""
     items = json.loads((folder / ITEMS_FILE).read_text(encoding="utf-8"))
-    return {task: Measured(found["metric"], found["items"]).interval for task, found in items.items()}
+    return {task: Measured(found["metric"], found["items"]) for task, found in items.items()}
 
 
 def manifest_scores(questions: Sequence[Question], variants: Mapping[str, Scores]) -> tuple[Score, ...]:

@@ -90,7 +90,7 @@ def test_the_base_of_a_compiled_engine_keeps_its_bits(tmp_path: Path) -> None:
     publish_random(store, base, "plain", seed=3, share=0.1, scale=0.1)
     requests, compiled = Requests(store), {"dtype": "bfloat16", "max_model_len": 256, "enforce_eager": False}
 
-    def answers(llm: Any, texts: list[str]) -> list[tuple[tuple[int, ...], list[float]]]:
+    def answers(llm: Any, texts: list[str]) -> list[list[tuple[int, float]]]:
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in PROMPTS for _ in texts],
             SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=0),
@@ -98,7 +98,7 @@ def test_the_base_of_a_compiled_engine_keeps_its_bits(tmp_path: Path) -> None:
             use_tqdm=False,
         )
         return [
-            (tuple(served.token_ids), [step[token].logprob for step, token in zip(served.logprobs, served.token_ids)])
+            [(token, step[token].logprob) for step, token in zip(served.logprobs, served.token_ids, strict=True)]
             for served in (output.outputs[0] for output in outputs)
         ]
 

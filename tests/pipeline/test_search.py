@@ -21,6 +21,8 @@ from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.pipeline.datasets.catalogue import load_examples, write_examples
 from act_serve.pipeline.datasets.splits import split_of
 from act_serve.pipeline.finetune import Lessons, finetune
+from act_serve.pipeline.kept_gain import kept_gain, lost_gain
+from act_serve.pipeline.measured import Measured
 from act_serve.pipeline.plan import make_plan
 from act_serve.pipeline.progress import Screen
 from act_serve.pipeline.run import build
@@ -142,11 +144,62 @@ def test_best_strength_on_validation_data_is_published(folder: Path, by: str) ->
 def test_the_test_set_plays_no_part_in_the_search(folder: Path) -> None:
     path = profile_file(folder, search={"keep": 0.8, "p": SHARES}, transfer={"strength": [0.5, 1.0]})
     before = json.loads((run(folder, path) / "evaluation.json").read_text())
-    write_examples(folder / "test.jsonl", [Example("say z", "something else")])
+    write_examples(folder / "test.jsonl", said(range(16, 19)))
     after = json.loads((run(folder, path) / "evaluation.json").read_text())
     assert before["search"] == after["search"]
     assert before["strengths_on_validation"] == after["strengths_on_validation"]
-    assert before["scores"] != after["scores"]
+    assert before["examples"] != after["examples"]
+
+
+def test_what_the_test_examples_do_not_show_is_said_or_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = yaml.safe_load(profile_file(folder).read_text())["data"]
+    nll = {"name": "demo_nll", "metric": "nll", "items": 4, "data": data}
+    search = {"keep": 0.8, "p": SHARES}
+    write_examples(folder / "test.jsonl", [Example(f"say {number}", "something else") for number in range(4)])
+    told = io.StringIO()
+    run(folder, profile_file(folder, search=search), told)
+    assert "the source model is no better than the base on any task's test examples" in " ".join(
+        told.getvalue().split()
+    )
+    write_examples(folder / "test.jsonl", said(range(12, 16)))
+    monkeypatch.setattr("act_serve.pipeline.search.keeps", lambda *_: True)  # the luck of validation data
+    with pytest.raises(
+        GainError, match=r"too little of the source's gain on the test examples, where 80% was asked for"
+    ):
+        run(folder, profile_file(folder, search=search, score=[nll]))
+    assert list(Store(folder / "store").versions("demo")) == [1]
+
+
+def test_the_share_kept_on_the_test_examples_is_published(folder: Path) -> None:
+    data = yaml.safe_load(profile_file(folder).read_text())["data"]
+    nll = {"name": "demo_nll", "metric": "nll", "items": 4, "data": data}
+    evaluation = json.loads((run(folder, profile_file(folder, score=[nll])) / "evaluation.json").read_text())
+    (score,) = evaluation["scores"]
+    share = evaluation["share_kept"]["demo_nll"]
+    assert share["value"] == pytest.approx(
+        (score["delta"] - score["base"]) / (score["source"] - score["base"]), abs=1e-3
+    )
+    low, high = share["interval"]
+    assert low <= share["value"] <= high
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted", "missed", "by_chance"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], 0.95, False, True),
+        ([1.6, 1.6, 1.6, 1.6], 0.95, True, False),
+        ([1.0, 1.0, 1.0, 1.4], 0.95, True, True),
+    ],
+    ids=["kept", "missed", "missed, maybe by chance"],
+)
+def test_chance_is_told_from_what_is_missing(deltas: list[float], wanted: float, missed: bool, by_chance: bool) -> None:
+    base, source, delta = (
+        Measured("nll", [[value, 1] for value in values]) for values in ([2.0] * 4, [1.0] * 4, deltas)
+    )
+    kept = {"demo": kept_gain(base, source, delta), "no gain": kept_gain(source, base, delta)}
+    assert kept["no gain"] is None
+    said, chance = lost_gain(kept, wanted)
+    assert (bool(said), chance) == (missed, by_chance)
 
 
 def test_part_of_the_training_file_is_held_out(tmp_path: Path) -> None:
