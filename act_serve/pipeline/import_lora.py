@@ -11,17 +11,27 @@ from act_serve.pipeline.import_rows import Change
 
 TENSOR_NAMES = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias)")
 # Options with which a LoRA is more than B·A times a factor.
-_NOT_PLAIN = ("use_dora", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
-# Initialisations that change the base's own weights when the adapter is loaded.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+_NOT_PLAIN = (
+    "use_dora",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_bdlora",
+    "use_qalora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# Initialisations that leave the base's own weights alone. Others (pissa, olora, corda, loftq, lora_ga) take their first
+# B·A off them, and what a later version of PEFT adds may do so, too.
+_LEAVES_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def oddities(config: Mapping[str, Any]) -> list[str]:
     """Why the adapter is not B·A alone; empty for a plain LoRA."""
     odd = [f"{option}={config[option]!r}" for option in _NOT_PLAIN if config.get(option)]
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        odd.append(f"init_lora_weights={start!r} changes the base's own weights")
+    if (start.lower() if isinstance(start, str) else start) not in _LEAVES_BASE:
+        odd.append(f"init_lora_weights={start!r}, which may have changed the base's own weights")
     return odd
 
 

@@ -1,7 +1,8 @@
 """Trains an ability model from the base, densely, for when no ready-made one exists.
 
 A small loop rather than transformers' Trainer: float32 masters stand beside bf16 weights, so that the gradients and
-the model take two bytes a parameter each. Where the model computes in float32, the masters are its weights.
+the model take two bytes a parameter each. Where the model computes in float32, the masters are its weights. Masters
+begin with the checkpoint's own values and end in its dtype, so that what was not trained does not differ from the base.
 """
 
 import os
@@ -17,6 +18,7 @@ from act_serve.errors import BuildError
 from act_serve.models.examples import Example, encode_answered
 from act_serve.models.families import channel_modules
 from act_serve.models.loading import load_model, load_tokenizer
+from act_serve.models.row_reader import open_rows
 from act_serve.pipeline.training import BETAS, CLIP_NORM, Report, Schedule, answer_loss, training_batches
 from act_serve.profile.schema import TrainSource
 
@@ -32,8 +34,8 @@ def train_source(
     """
     torch.manual_seed(seed)
     model, tokenizer = load_model(base), load_tokenizer(base)
-    weights = [model.get_submodule(module.name).weight for module in channel_modules(base)]
-    masters = [weight.detach().float().requires_grad_(True) for weight in weights]
+    weights, dtype = _linear_weights(model, base), _dtype(base)
+    masters = [master.requires_grad_(True) for master in _masters(weights, base)]
     items = encode_answered(tokenizer, examples, "the training data")
     stream = training_batches(items, settings.batch_size, tokenizer.pad_token_id, seed)
 
@@ -48,9 +50,32 @@ def train_source(
     for weight in weights:
         weight.requires_grad_(True)
     optimise(masters, loss, Schedule(settings.steps, settings.learning_rate), report)
+    if model.dtype != dtype:
+        del model, weights, stream
+        model = load_model(base, dtype=str(dtype).removeprefix("torch."))
+        weights = _linear_weights(model, base)
     _copy(masters, weights)
-    _save(model.to(torch.bfloat16), tokenizer, folder)
+    _save(model, tokenizer, folder)
     return folder
+
+
+def _linear_weights(model: Any, base: Path) -> list[Tensor]:
+    return [model.get_submodule(module.name).weight for module in channel_modules(base)]
+
+
+def _masters(weights: list[Tensor], base: Path) -> list[Tensor]:
+    """The checkpoint's linear weights in float32; those of the model itself where it has them so."""
+    if all(weight.dtype == torch.float32 for weight in weights):
+        return [weight.detach() for weight in weights]
+    with open_rows(base) as reader:
+        matrices = (reader.matrix(module.name).float() for module in channel_modules(base))
+        return [matrix.to(weight.device) for matrix, weight in zip(matrices, weights, strict=True)]
+
+
+def _dtype(base: Path) -> torch.dtype:
+    """In which the checkpoint has its linear weights."""
+    with open_rows(base) as reader:
+        return reader.matrix(channel_modules(base)[0].name).dtype
 
 
 def optimise(parameters: Sequence[Tensor], loss: Callable[[], Tensor], schedule: Schedule, report: Report) -> None:

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from act_serve.delta.artifact import ModuleDelta
 from act_serve.errors import BuildError, DataError
 from act_serve.models.answering import answer_logits
 from act_serve.models.examples import Encoded, Example, collate
+from act_serve.models.families import channel_modules
 from act_serve.models.loading import load_model
 from act_serve.models.row_delta import RowDeltas
 from act_serve.pipeline.finetune import Lessons, finetune
@@ -116,6 +119,27 @@ def test_examples_without_an_answer_token_are_refused_before_the_first_step(tmp_
             report=report,
         )
     assert not steps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_a_dense_training_leaves_alone_is_the_base_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, folder = make_llama(tmp_path / "base"), tmp_path / "source"
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)  # values that bfloat16 has not
+    model.to(dtype).save_pretrained(base)
+    before = load_file(base / "model.safetensors")
+
+    def changed(rate: float) -> set[str]:
+        settings = TrainSource(items=2, steps=1, learning_rate=rate, batch_size=1)
+        train_source(base=base, examples=LESSONS, settings=settings, seed=0, folder=folder, report=silent)
+        after = load_file(folder / "model.safetensors")
+        assert {tensor.dtype for tensor in after.values()} == {dtype}
+        return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+    assert changed(1e-12) == set()
+    assert changed(1e-2) == {f"{module.name}.weight" for module in channel_modules(base)}
 
 
 def test_loss_that_explodes_is_an_error() -> None:
