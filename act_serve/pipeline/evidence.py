@@ -3,8 +3,6 @@
 import math
 from collections.abc import Mapping
 
-from rich.markup import escape
-
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import as_stored
 from act_serve.errors import GainError, ModelError, RetentionError
@@ -54,7 +52,7 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
     if curve:
         _refuse_lost_gain(job, kept, curve.keep)
     tuned = as_stored(load_deltas(candidate.final.folder), profile.stored)
-    others = neighbours(store, job.base, profile.name)
+    others = neighbours(store, job.base, profile.name, job.screen.warn)
     form = f"{job.base_key} {profile.stored} {candidate.final.key}"
     pairs = {
         other.label: scored(
@@ -96,12 +94,11 @@ def _refuse_lost_gain(job: Job, kept: Mapping[str, Kept | None], wanted: float) 
             "more steps, search on more items, or ask for less (--keep)."
         )
     if missed:
-        job.screen.note(
-            f"[yellow]warning[/yellow]: less is kept {escape(said)}; its interval reaches what was asked for"
-        )
+        job.screen.warn(f"less is kept {said}; its interval reaches what was asked for")
     if not any(kept.values()):
-        doubt = "the source model is no better than the base on any task's test examples, only on validation data"
-        job.screen.note(f"[yellow]warning[/yellow]: {doubt}")
+        job.screen.warn(
+            "the source model is no better than the base on any task's test examples, only on validation data"
+        )
 
 
 def _refuse_not_finite(name: str, variants: Mapping[str, Scores]) -> None:

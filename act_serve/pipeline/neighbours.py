@@ -1,6 +1,6 @@
 """The other abilities of a store that fit the same base: measured beside an ability, and its company in training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from act_serve.delta.artifact import ModuleDelta, read_artifact
 from act_serve.delta.composition import Composition
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.manifest import Manifest
-from act_serve.errors import BuildError, RequestError
+from act_serve.errors import ArtifactDamagedError, BuildError, RequestError, StoreError, UnknownAbilityError
 from act_serve.pipeline.compose import compose
 from act_serve.profile.schema import Profile
 
@@ -37,9 +37,19 @@ class Companion:
     deltas: Mapping[str, ModuleDelta]
 
 
-def neighbours(store: Store, base: Path, without: str) -> list[Neighbour]:
-    """The latest version of every ability but `without` that was built for `base`."""
-    return [_read(store, manifest) for name, manifest in _fitting(store, base).items() if name != without]
+def neighbours(store: Store, base: Path, without: str, left_out: Callable[[str], None]) -> list[Neighbour]:
+    """Every ability but `without` that was built for `base`, in the version that requests get.
+
+    One that can't be read is no reason to lose a build: `left_out` is told which, and why.
+    """
+    found = []
+    for name, manifest in _fitting(store, base).items():
+        if name != without:
+            try:
+                found.append(_read(store, manifest))
+            except (ArtifactDamagedError, StoreError, UnknownAbilityError) as exc:
+                left_out(f"nothing is measured beside {name}@{manifest.version}: {exc}")
+    return found
 
 
 def neighbour_labels(store: Store, base: Path, without: str) -> list[str]:
@@ -84,9 +94,16 @@ def _companion(text: str, trained: str, store: Store, base: Path, there: Mapping
 
 
 def _fitting(store: Store, base: Path) -> dict[str, Manifest]:
-    fingerprint = fingerprint_model(base)
-    latest = (store.manifest(name, store.latest(name)) for name in store.names())
-    return {manifest.name: manifest for manifest in latest if manifest.base_fingerprint == fingerprint}
+    """The manifests of what requests get, by name; without those that can't be read."""
+    fingerprint, found = fingerprint_model(base), {}
+    for name in store.names():
+        try:
+            manifest = store.manifest(name)
+        except (ArtifactDamagedError, UnknownAbilityError):
+            continue
+        if manifest.base_fingerprint == fingerprint:
+            found[name] = manifest
+    return found
 
 
 def _read(store: Store, manifest: Manifest) -> Neighbour:

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from rich.markup import escape
-
 from act_serve.abilities.store import Store
 from act_serve.models.loading import resolve_model
 from act_serve.models.pairs import check_pair, differing_maths, differing_templates, left_out, others_that_differ
@@ -41,7 +39,7 @@ def _check_source(job: Job, source: Path) -> None:
     check_pair(job.base, source, include)
     for differing in (differing_maths(job.base, source), differing_templates(job.base, source)):
         if differing:
-            job.screen.note(f"[yellow]warning[/yellow]: {escape(differing)}")
+            job.screen.warn(differing)
     if count := others_that_differ(job.base, source, include):
         job.screen.note(left_out(count))
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -35,6 +36,10 @@ class Screen:
     def note(self, text: str) -> None:
         """Prints one line."""
         self.console.print(text, highlight=False)
+
+    def warn(self, text: str) -> None:
+        """Prints one line as a warning; the text is taken as it is."""
+        self.note(f"[yellow]warning[/yellow]: {escape(text)}")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Report]:

@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from act_serve.abilities.desired_state import AbilityState, DesiredState, write_state
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import read_artifact
 from act_serve.delta.channels import OUTSIDE, kind_of
@@ -202,6 +203,23 @@ def test_neighbours_are_measured_together(tmp_path: Path, pair: dict[str, list[i
     conflict = evaluation["conflicts"]["first@1"]
     assert conflict["rows"] == sum(map(len, pair.values()))
     assert conflict["share"] == conflict["cosine"] == 1.0
+
+
+def test_neighbours_are_those_that_requests_get(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    for name in ("first", "second", "third"):
+        build(tmp_path, profile_file(tmp_path, name=name))
+    for scale in (1, 2):
+        build(tmp_path, profile_file(tmp_path, name="first", transfer={"strength": scale / 2}))
+    store = Store(tmp_path / "store")
+    state = DesiredState().having("first", AbilityState(active=2)).having("second", AbilityState(removed={1: 0.0}))
+    write_state(store.root, state)
+    third = store.path("third", 1) / "channel_delta.safetensors"
+    third.write_bytes(third.read_bytes()[:-40])
+    artifact, said = build(tmp_path, profile_file(tmp_path))
+    assert json.loads((artifact / "evaluation.json").read_text())["composed_with"].keys() == {"first@2"}
+    assert "warning: nothing is measured beside third@1" in " ".join(said.split())
+    with pytest.raises(BuildError, match="names second, which"):
+        build(tmp_path, profile_file(tmp_path, finetune={"steps": 1, "company": ["second"]}))
 
 
 def test_int8_is_measured_as_it_is_stored(tmp_path: Path, pair: dict[str, list[int]]) -> None:
