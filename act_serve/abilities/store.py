@@ -11,7 +11,7 @@ from act_serve.abilities.desired_state import DesiredState, read_state
 from act_serve.abilities.location import cache_limit, is_url, parse_url
 from act_serve.abilities.mirror import Mirror
 from act_serve.abilities.remote import Remote
-from act_serve.delta.composition import check_name
+from act_serve.delta.composition import WeightedAbility, check_name
 from act_serve.delta.manifest import MANIFEST_FILE, Manifest, read_manifest
 from act_serve.errors import ArtifactDamagedError, RequestError, StoreError, UnknownAbilityError
 from act_serve.home import cache_home
@@ -160,6 +160,22 @@ class Store:
             raise ArtifactDamagedError(
                 f"the store's folder {name}/{version} holds {manifest.name}@{manifest.version}; "
                 f"move it to {manifest.name}/{manifest.version}"
+            )
+        return manifest
+
+    def named(self, ability: WeightedAbility) -> Manifest:
+        """The manifest of what a composition names: a version or the active one, and the content that it pins.
+
+        Raises:
+            UnknownAbilityError: no such ability or version, or the version's content is another one.
+            ArtifactDamagedError, StoreError: as :meth:`manifest`.
+        """
+        manifest = self.manifest(ability.name, ability.version)
+        if ability.digest not in (None, manifest.digest):
+            raise UnknownAbilityError(
+                f"ability '{ability.name}' version {manifest.version} has content {manifest.digest} in the store, "
+                f"not {ability.digest}",
+                param="abilities",
             )
         return manifest
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from act_serve.errors import RequestError
+
 if TYPE_CHECKING:
     from act_serve.delta.manifest import Manifest
 
@@ -15,6 +17,7 @@ PngOption = Annotated[Path | None, typer.Option("--png", help="Also draw the pic
 def inspect(artifact: ArtifactArgument, png: PngOption = None) -> None:
     """Check an ability artifact and show its manifest, its scores and where in the model its channels lie."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from act_serve.cli.channel_picture import change_sizes, channel_shares, draw, lines
@@ -25,7 +28,7 @@ def inspect(artifact: ArtifactArgument, png: PngOption = None) -> None:
     console = Console()
     facts = Table(show_header=False, title=f"{manifest.name}@{manifest.version}", title_justify="left")
     for name, value in _facts(manifest):
-        facts.add_row(name, value)
+        facts.add_row(name, escape(value))
     console.print(facts)
     if manifest.scores:
         console.print(score_table("held-out scores", manifest.scores))
@@ -34,7 +37,12 @@ def inspect(artifact: ArtifactArgument, png: PngOption = None) -> None:
         console.print(f"\n{caption}, one column per layer", highlight=False)
         console.print("\n".join(lines(grid)), highlight=False)
     if png is not None:
-        draw(grids, f"{manifest.name}@{manifest.version}", png)
+        try:
+            png.parent.mkdir(parents=True, exist_ok=True)
+            draw(grids, f"{manifest.name}@{manifest.version}", png)
+        except OSError as exc:
+            said = f"the pictures can't be written to {png}: {exc.strerror}; give another file with --png"
+            raise RequestError(said) from exc
         console.print(f"\npictures written to {png}")
 
 

@@ -16,7 +16,6 @@ from act_serve.delta.fit import ModuleShape, check_modules
 from act_serve.delta.manifest import Counts, Manifest, ModelFingerprint
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.graph_limits import check_count
-from act_serve.errors import UnknownAbilityError
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +75,7 @@ class Admission:
     def _pin(self, ability: WeightedAbility) -> WeightedAbility:
         if ability.digest is not None and AbilityKey.of(ability) in self._verified:
             return ability  # without the store: what is resident is served while that is away
-        manifest = self.store.manifest(ability.name, ability.version)
-        if ability.digest not in (None, manifest.digest):
-            raise UnknownAbilityError(
-                f"ability '{ability.name}' version {manifest.version} has content {manifest.digest} in the store, "
-                f"not {ability.digest}",
-                param="abilities",
-            )
+        manifest = self.store.named(ability)
         self._verify(manifest, self.store.fetch(manifest.name, manifest.version))
         return WeightedAbility(manifest.name, manifest.version, manifest.digest, ability.weight)
 

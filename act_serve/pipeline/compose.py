@@ -26,12 +26,12 @@ def artifacts_of(composition: str, store: str | Path) -> list[tuple[Path, float]
     """The artifact folder and weight of each ability in a composition such as `fr+extract@1*0.5`.
 
     An ability without a version means the one that requests get. Raises RequestError for a malformed composition and
-    UnknownAbilityError for an ability that the store lacks.
+    UnknownAbilityError for an ability that the store lacks, or has with other content than a digest says.
     """
     shelf = open_store(store)
     found = []
     for ability in Composition.parse(composition).abilities:
-        manifest = shelf.manifest(ability.name, ability.version)
+        manifest = shelf.named(ability)
         found.append((shelf.fetch(ability.name, manifest.version), ability.weight))
     return found
 

@@ -13,6 +13,7 @@ from act_serve.pipeline.job import Job
 from act_serve.pipeline.kept_gain import Kept, kept_gain, lost_gain
 from act_serve.pipeline.measure import (
     Scores,
+    asked_of,
     examples_of,
     load_intervals,
     load_results,
@@ -63,6 +64,7 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
     _refuse_not_finite(profile.name, {f"delta with {label}": scores for label, scores in pairs.items()})
     details = {
         "examples": examples_of(questions),
+        "asked": asked_of(questions),
         "scores": [score.model_dump() for score in scores],
         "intervals": intervals,
         "share_kept": {

@@ -21,8 +21,9 @@ def localize(
 ) -> dict[str, Tensor]:
     """Returns the chosen rows, ascending int32 `[K]` per module name; modules without any are left out.
 
-    `scores` holds `[O]` per module, as the ranking's `score` gives it; a random ranking ignores it. Raises BuildError
-    when the budget is too small for a single row.
+    `scores` holds `[O]` per module, as the ranking's `score` gives it; a random ranking ignores it. Channels of score
+    0, in which the ability model does not differ, are not chosen, however large the budget. Raises BuildError when the
+    budget is too small for a single row.
     """
     if settings.ranking == "random":
         scores = draw_scores(modules, seed)
@@ -37,14 +38,16 @@ def localize(
 
 
 def _top(scores_O: Tensor, count: int) -> Tensor:
-    return scores_O.topk(min(count, len(scores_O))).indices.sort().values.int()
+    best = scores_O.topk(min(count, len(scores_O)))
+    return best.indices[best.values != 0].sort().values.int()
 
 
 def _top_of_all(modules: list[ChannelModule], scores: Mapping[str, Tensor], p: float) -> dict[str, Tensor]:
     """Takes the best channels of all modules together until their parameters reach the budget."""
     sizes = torch.cat([torch.full((module.out_features,), module.in_features) for module in modules])
-    ranked = torch.cat([scores[module.name].double() for module in modules]).argsort(descending=True, stable=True)
-    within = sizes[ranked].cumsum(0) <= p * int(sizes.sum())
+    every = torch.cat([scores[module.name].double() for module in modules])
+    ranked = every.argsort(descending=True, stable=True)
+    within = (sizes[ranked].cumsum(0) <= p * int(sizes.sum())) & (every[ranked] != 0)
     chosen = torch.zeros(len(sizes), dtype=torch.bool)
     chosen[ranked[within]] = True
     parts = chosen.split([module.out_features for module in modules])

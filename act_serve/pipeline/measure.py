@@ -43,6 +43,11 @@ def examples_of(questions: Sequence[Question]) -> dict[str, str]:
     return {question.task.name: examples_hash(question.examples) for question in questions}
 
 
+def asked_of(questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
+    """What else a score of each task depends on, for evaluation.json."""
+    return {each.task.name: each.task.model_dump(include={"max_new_tokens", "language"}) for each in questions}
+
+
 def measure(model: Path, deltas: Sequence[Deltas], questions: Sequence[Question]) -> Scores:
     """Scores the model in a folder with all `deltas` added as they are: give them `as_stored`."""
     return plain_scores(measure_items(model, deltas, questions))

@@ -37,11 +37,12 @@ def read_parts(recipe: Recipe, store: Store) -> list[Part]:
     """
     parts: list[Part] = []
     for ability, density in recipe.abilities():
-        version = store.manifest(ability.name, ability.version).version
-        manifest, deltas = read_artifact(store.fetch(ability.name, version))
+        found = store.named(ability)
+        manifest, deltas = read_artifact(store.fetch(found.name, found.version))
+        part = Part(manifest, Share(deltas, ability.weight, density))
         if parts:
-            check_base(manifest.base_fingerprint, parts[0].manifest.base_fingerprint, what=f"{ability.name}@{version}")
-        parts.append(Part(manifest, Share(deltas, ability.weight, density)))
+            check_base(manifest.base_fingerprint, parts[0].manifest.base_fingerprint, what=part.label)
+        parts.append(part)
     return parts
 
 

@@ -18,9 +18,9 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 
 def trim(values_KI: Tensor, density: float, _draw: Generator) -> Tensor:
     """Keeps the share `density` of the values with the largest magnitudes (TIES, arXiv 2306.01708, section 4)."""
-    sizes = values_KI.abs()
-    kept = sizes.flatten().topk(math.ceil(density * sizes.numel())).values
-    return torch.where(sizes >= kept[-1], values_KI, 0.0)
+    values = values_KI.flatten()
+    kept = values.abs().topk(math.ceil(density * len(values))).indices  # of equal ones as many as there is room for
+    return torch.zeros_like(values).index_copy(0, kept, values[kept]).view_as(values_KI)
 
 
 def drop(values_KI: Tensor, density: float, draw: Generator) -> Tensor:

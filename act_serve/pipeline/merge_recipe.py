@@ -1,6 +1,7 @@
 """What a user writes to merge abilities: a YAML recipe with mergekit's keys, or a composition on the command line."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -87,8 +88,7 @@ def parse_recipe(composition: str, *, method: str, density: float | None = None,
             raise RequestError(
                 f"{part!r} in {composition!r} is no ability with a weight; write for example fr+math*0.5"
             )
-        version = "" if ability.version is None else f"@{ability.version}"
-        models.append({"model": ability.name + version, "parameters": {"weight": ability.weight}})
+        models.append({"model": part.split("*")[0].strip(), "parameters": {"weight": ability.weight}})
     fields = {"merge_method": method, "models": models, "parameters": {"density": density}, "seed": seed}
     return _validated(fields, "merge", {})
 
@@ -113,4 +113,4 @@ def _ability(model: Ingredient) -> WeightedAbility:
     weight = check_weight(model.parameters.weight, found[0].name)
     if not weight:
         raise RequestError(f"the weight of {found[0].name} is 0; leave the ability out")
-    return WeightedAbility(found[0].name, found[0].version, None, weight)
+    return replace(found[0], weight=weight)

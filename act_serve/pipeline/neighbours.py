@@ -87,7 +87,7 @@ def _companion(text: str, trained: str, store: Store, base: Path, there: Mapping
             "build that first, or take it off the list"
         )
     weights = [ability.weight for ability in wanted]
-    found = [store.manifest(ability.name, ability.version or there[ability.name].version) for ability in wanted]
+    found = [store.named(ability) for ability in wanted]
     artifacts = [store.fetch(manifest.name, manifest.version) for manifest in found]
     key = tuple(zip((manifest.tensors_sha256 for manifest in found), weights, strict=True))
     return Companion(key, compose(list(zip(artifacts, weights, strict=True)), base))

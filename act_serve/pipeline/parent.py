@@ -15,7 +15,7 @@ from act_serve.delta.manifest import EVALUATION_FILE, Manifest
 from act_serve.pipeline.compose import check_bases, compose
 from act_serve.pipeline.evaluate import Question
 from act_serve.pipeline.job import Job
-from act_serve.pipeline.measure import Scores, examples_of
+from act_serve.pipeline.measure import Scores, asked_of, examples_of
 from act_serve.pipeline.publish import Descent
 from act_serve.pipeline.stage_files import save_deltas
 from act_serve.pipeline.stages import Stage
@@ -43,18 +43,25 @@ class Parent:
     def scores(self, questions: Sequence[Question]) -> dict[str, Scores]:
         """What the first one's build measured of `source` and `transfer`, which are not at hand any more.
 
-        Only tasks by the same metric on the same examples; none of a version whose evaluation does not say on what it
-        was measured.
+        Only tasks by the same metric on the same examples, asked in the same way where the evaluation says how; none of
+        a version whose evaluation does not say on what it was measured.
         """
         try:
-            before = json.loads((self.folders[0] / EVALUATION_FILE).read_bytes())["examples"]
+            evaluation = json.loads((self.folders[0] / EVALUATION_FILE).read_bytes())
+            before, asked_before = evaluation["examples"], evaluation.get("asked", {})
         except (OSError, ValueError, KeyError):
             return {}
-        now, metrics = examples_of(questions), {question.task.name: question.task.metric for question in questions}
+        now, asked, metrics = (
+            examples_of(questions),
+            asked_of(questions),
+            {q.task.name: q.task.metric for q in questions},
+        )
         same = [
             score
             for score in self.manifests[0].scores
-            if score.metric == metrics.get(score.task) and before.get(score.task) == now[score.task]
+            if score.metric == metrics.get(score.task)
+            and before.get(score.task) == now[score.task]
+            and asked_before.get(score.task) in (None, asked[score.task])
         ]
         return {
             "source": {score.task: score.source for score in same if score.source is not None},
@@ -81,6 +88,6 @@ def find_parent(abilities: Sequence[str], store: Store, base: Path) -> Parent:
     one in the folder `base`.
     """
     wanted = [ability for text in abilities for ability in Composition.parse(text).abilities]
-    manifests = tuple(store.manifest(ability.name, ability.version) for ability in wanted)
+    manifests = tuple(map(store.named, wanted))
     check_bases(manifests, base)
     return Parent(manifests, tuple(store.fetch(manifest.name, manifest.version) for manifest in manifests))

@@ -12,7 +12,14 @@ from typer.testing import CliRunner
 
 from act_serve.cli.main import _out_of_memory, app, main
 from act_serve.delta.artifact import ModuleDelta
-from act_serve.errors import ActServeError, ArtifactDamagedError, DataError, ProfileError, RequestError
+from act_serve.errors import (
+    ActServeError,
+    ArtifactDamagedError,
+    DataError,
+    ProfileError,
+    RequestError,
+    UnknownAbilityError,
+)
 from act_serve.pipeline import compose
 from tests.pipeline.test_export import UP, publish
 from tests.tiny_models import make_llama
@@ -76,6 +83,27 @@ def test_inspect_shows_and_draws(home: Path) -> None:
     for word in ("one@1", "16 in 1 modules, 512 parameters", "up_proj │█│", "size of the changes"):
         assert word in said
     assert (home / "one.png").read_bytes().startswith(b"\x89PNG")
+    call("inspect", home / "store" / "one" / "1", "--png", home / "new" / "one.png")
+    assert (home / "new" / "one.png").exists()
+    with pytest.raises(RequestError, match=r"can't be written to .*one\.png/two\.png"):
+        call("inspect", home / "store" / "one" / "1", "--png", home / "one.png" / "two.png")
+
+
+def test_descriptions_are_shown_as_they_were_written(home: Path) -> None:
+    folder = home / "store" / "one" / "1"
+    manifest = json.loads((folder / "ability.json").read_text())
+    (folder / "ability.json").write_text(json.dumps({**manifest, "description": "Answers [json] after [/INST]."}))
+    assert "Answers [json] after [/INST]." in call("inspect", folder)
+
+
+def test_another_content_than_the_pinned_one_is_refused(home: Path) -> None:
+    place = ("--base", home / "base", "--store", home / "store")
+    digest = json.loads((home / "store" / "one" / "1" / "ability.json").read_text())["tensors_sha256"][:12]
+    call("export", f"one@1~{digest}", home / "merged", "--to", "hf", *place)
+    for words in (("export", "one@1~0123456789ab", home / "other", "--to", "hf", *place),
+                  ("merge", "one@1~0123456789ab", "two", "--store", home / "store")):  # fmt: skip
+        with pytest.raises(UnknownAbilityError, match="not 0123456789ab"):
+            call(*words)
 
 
 def test_inspect_refuses_damage(home: Path) -> None:

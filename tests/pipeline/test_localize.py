@@ -52,6 +52,15 @@ def test_equal_budget(ranking: str) -> None:
         assert torch.equal(rows, rows.unique())
 
 
+@pytest.mark.parametrize("ranking", ["activation_per_module", "weight_relative"])
+def test_channels_that_do_not_differ_are_not_chosen(ranking: str) -> None:
+    modules = [ChannelModule("a", 64, 32), ChannelModule("b", 32, 64)]
+    scores = {"a": torch.zeros(64), "b": torch.zeros(32)}
+    scores["a"][[3, 5]] = 1.0
+    found = localize(modules, scores, Localize(ranking=ranking, p=0.25), seed=1)
+    assert {name: rows.tolist() for name, rows in found.items()} == {"a": [3, 5]}
+
+
 def test_budget_too_small() -> None:
     with pytest.raises(BuildError, match="too small"):
         localize([ChannelModule("a", 64, 32)], {"a": torch.rand(64)}, Localize(p=0.001), seed=0)

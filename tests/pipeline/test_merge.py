@@ -95,6 +95,12 @@ def test_modules_that_one_ability_has_stay_as_they_are() -> None:
         assert torch.equal(merged["b"].rows, two.deltas["b"].rows)
 
 
+def test_ties_keeps_no_more_than_its_density_of_equal_values() -> None:
+    part = Share({"a": ModuleDelta(torch.arange(4).int(), torch.full((4, 10), 0.5), None)}, 1.0, 0.1)
+    merged = merge_deltas([part], "ties", seed=0)["a"]
+    assert int(merged.delta.count_nonzero()) == 4
+
+
 def test_dare_keeps_the_mean_is_seeded_and_rescales() -> None:
     parts = [share(1, 5, 1.0, 0.25), share(2, 6, 1.0, 1.0)]
     merged = merge_deltas(parts, "dare", seed=4)

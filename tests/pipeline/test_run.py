@@ -415,6 +415,10 @@ def test_a_published_ability_is_trained_further_without_its_model(tmp_path: Path
     again, said = build(tmp_path, path)
     assert again.name == "3"
     assert said.count("kept from an earlier run") == said.count("✓")
+    content["score"][0]["max_new_tokens"] = 7
+    path.write_text(yaml.safe_dump(content))
+    scores = {score.task: score for score in read_artifact(build(tmp_path, path)[0])[0].scores}
+    assert scores["demo_nll"].source is None, "it was asked otherwise"
 
 
 def test_the_mean_of_versions_is_published_without_training(tmp_path: Path, pair: dict[str, list[int]]) -> None:
