@@ -127,7 +127,7 @@ class Mirror:
 
         Raises:
             ArtifactDamagedError: the object store holds other tensors than the manifest says.
-            StoreError: they are not here, and the object store cannot be read.
+            StoreError: they are not here, and the object store cannot be read, or the disk not be written.
         """
         folder, what = self.root / name / str(version), f"ability {name}@{version}"
         target = folder / TENSORS_FILE
@@ -148,10 +148,13 @@ class Mirror:
                 "restore or publish it again"
             )
         evaluation = f"{name}/{version}/{EVALUATION_FILE}"
-        if evaluation in listed and not (folder / EVALUATION_FILE).exists():
-            self._copy([evaluation], listed)
-        self._blobs.link(manifest.tensors_sha256, target, lambda path: self.remote.download(key, path), what)
-        self._evict(listed, target)
+        try:
+            if evaluation in listed and not (folder / EVALUATION_FILE).exists():
+                self._copy([evaluation], listed)
+            self._blobs.link(manifest.tensors_sha256, target, lambda path: self.remote.download(key, path), what)
+            self._evict(listed, target)
+        except OSError as exc:
+            raise self._unwritable(exc) from exc
         return folder
 
     @contextmanager
@@ -276,7 +279,10 @@ class Mirror:
         except Timeout:
             raise StoreError(f"{self.root} is being brought up to date by another process for {_WAIT_S:g} s") from None
         except OSError as exc:
-            raise StoreError(f"the store's cache {self.root} cannot be written: {exc.strerror or exc}") from exc
+            raise self._unwritable(exc) from exc
+
+    def _unwritable(self, exc: OSError) -> StoreError:
+        return StoreError(f"the store's cache {self.root} cannot be written: {exc.strerror or exc}")
 
     def _age_s(self) -> float:
         try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import check_size, read_artifact
@@ -16,6 +18,10 @@ from act_serve.delta.fit import ModuleShape, check_modules
 from act_serve.delta.manifest import Counts, Manifest, ModelFingerprint
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.graph_limits import check_count
+
+# Reads of the store, downloads too, that may be under way at once; they wait more than they compute.
+_STORE_THREADS = 64
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,7 @@ class Admission:
         self._most_abilities = most_abilities
         self.store, self._fingerprint, self.modules, self._tensors = store, fingerprint, modules, tensors
         self._verified: dict[AbilityKey, _Verified] = {}
+        self._threads = ThreadPoolExecutor(_STORE_THREADS, thread_name_prefix="act-serve-store")
 
     async def pin(self, composition: Composition) -> Composition:
         """The same composition with every version and content digest filled in.
@@ -62,7 +69,11 @@ class Admission:
             RequestError: it names more abilities than the engine takes.
         """
         check_count(len(composition.abilities), self._most_abilities)
-        return Composition.of([await asyncio.to_thread(self._pin, ability) for ability in composition.abilities])
+        return Composition.of([await self._pinned(ability) for ability in composition.abilities])
+
+    async def in_thread(self, work: Callable[..., Result], *args: Any) -> Result:
+        """Runs what may wait for the store in a thread of its own kind, so that only its like can be held up by it."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     def counts(self, pinned: WeightedAbility) -> Counts:
         """Numbers of rows and values of an ability that :meth:`pin` gave back."""
@@ -72,9 +83,12 @@ class Admission:
         """Whether an ability of a composition that :meth:`pin` gave back has rows of lm_head."""
         return any(self._verified[AbilityKey.of(ability)].lm_head for ability in pinned.abilities)
 
-    def _pin(self, ability: WeightedAbility) -> WeightedAbility:
+    async def _pinned(self, ability: WeightedAbility) -> WeightedAbility:
         if ability.digest is not None and AbilityKey.of(ability) in self._verified:
-            return ability  # without the store: what is resident is served while that is away
+            return ability  # without the store: what is resident is served while that is away, or slow
+        return await self.in_thread(self._pin, ability)
+
+    def _pin(self, ability: WeightedAbility) -> WeightedAbility:
         manifest = self.store.named(ability)
         self._verify(manifest, self.store.fetch(manifest.name, manifest.version))
         return WeightedAbility(manifest.name, manifest.version, manifest.digest, ability.weight)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from act_serve.engine.ability_key import AbilityKey
@@ -137,15 +138,48 @@ def attach(
     return layer
 
 
-class _DeltaMethod:
-    """A method of a vLLM layer that adds a delta layer's rows; everything else is the wrapped method's."""
+class _DeltaMethod(QuantizeMethodBase):
+    """A method of a vLLM layer that adds a delta layer's rows; everything else is the wrapped method's.
+
+    It is one of vLLM's, which prepares the weights of these alone when it reads them again (``reload_weights``).
+    """
 
     def __init__(self, wrapped: Any, layer: DeltaLayer) -> None:
         self.wrapped, self.delta_layer = wrapped, layer
         self.layer_name = layer.name
+        for name in ("requires_device_loading", "uses_meta_device", "supports_pre_processed_weights"):
+            if hasattr(wrapped, name):
+                setattr(self, name, getattr(wrapped, name))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["wrapped"], name)
+
+    def create_weights(self, layer: torch.nn.Module, *weight_args: Any, **extra_weight_attrs: Any) -> Any:
+        """The wrapped method's."""
+        return self.wrapped.create_weights(layer, *weight_args, **extra_weight_attrs)
+
+    def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The wrapped method's."""
+        result: torch.Tensor = self.wrapped.apply(layer, *args, **kwargs)
+        return result
+
+    def embedding(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The wrapped method's."""
+        result: torch.Tensor = self.wrapped.embedding(layer, *args, **kwargs)
+        return result
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> Any:
+        """The wrapped method's."""
+        return self.wrapped.tie_weights(layer, embed_tokens)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """The wrapped method's."""
+        self.wrapped.process_weights_after_loading(layer)
+
+    def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
+        """The wrapped method's."""
+        weight: torch.Tensor = self.wrapped.dequantize_weight(layer)
+        return weight
 
 
 class DeltaEmbeddingMethod(_DeltaMethod):

@@ -205,9 +205,9 @@ class AbilityManager:
         """
         known = self._known(request)
         resolved = known or self._resolve(request)
+        self._last_mapping = None  # also where the load is refused: what has left by then, a step may still need
         loaded = self._load(resolved, in_use=self._in_use() | resolved.weights.keys())
         self._compositions[request.lora_int_id] = resolved
-        self._last_mapping = None
         return loaded or known is None
 
     def leave_graphs(self, requests: Iterable[LoRARequest]) -> bool:
@@ -263,7 +263,7 @@ class AbilityManager:
         if (ids_T, mapping.prompt_mapping) == self._last_mapping:
             return
         self._meet(unmet)
-        for adapter_id in self._removed & self._compositions.keys() - set(ids_T):
+        for adapter_id in (self._removed & self._compositions.keys()) - set(ids_T):  # the few first
             del self._compositions[adapter_id]
         active = {i: self._compositions[i] for i in set(ids_T) if i in self._compositions}
         unknown = set(ids_T) - active.keys() - {0}

@@ -23,7 +23,7 @@ from act_serve.engine.held import Held
 from act_serve.engine.metrics import AbilityMetrics
 from act_serve.engine.resolver import adapter_request
 from act_serve.engine.seats import Seats
-from act_serve.errors import ActServeError, EngineError, RequestError, UnknownAbilityError
+from act_serve.errors import ActServeError, EngineError, RequestError, StoreError, UnknownAbilityError
 
 # Compositions that vLLM's app remembers; an entry is a few hundred bytes. Far more than can be in flight at once.
 _CAPACITY = 16_384
@@ -75,6 +75,7 @@ class CompositionRegistry:
         self._pinned_before: set[AbilityKey] = set()
         self._left_out: set[AbilityKey] = set()
         self._staying: set[AbilityKey] = set()
+        self._complaints: dict[str, str] = {}
         self._fetching: dict[AbilityKey, asyncio.Future[Any]] = {}
         self._last_id = 0
 
@@ -123,12 +124,13 @@ class CompositionRegistry:
 
         Those that are pinned already stay before new ones.
 
-        What cannot be loaded is logged, and left to the requests for it, which say what is wrong.
+        What cannot be loaded is logged, and left to the requests for it, which say what is wrong; where it is the store
+        or the engine that failed, it is tried again at the next look.
         """
         try:
             wanted = await asyncio.to_thread(self._active_pinned)
-        except ActServeError as exc:
-            logger.warning("Pinned abilities are not loaded ahead: %s", exc)
+        except Exception as exc:
+            self._complain("Pinned abilities are", exc)
             return
         if wanted != self._pinned_before:
             self._pinned_before, self._left_out = wanted, set()
@@ -138,9 +140,10 @@ class CompositionRegistry:
                 if not self.seats.ready([key]) and key not in self._left_out:
                     async with self.hold(f"{next(iter(self._base_names))}:{key}"):
                         logger.info("Loaded pinned ability %s ahead of requests", key)
-            except ActServeError as exc:
-                self._left_out.add(key)
-                logger.warning("Pinned ability %s is not loaded ahead: %s", key, exc)
+            except Exception as exc:
+                if not isinstance(exc, StoreError | EngineError):
+                    self._left_out.add(key)
+                self._complain(f"Pinned ability {key} is", exc)
             if self.seats.ready([key]):  # also what a request has loaded since
                 self._staying.add(key)
 
@@ -151,10 +154,22 @@ class CompositionRegistry:
             await self.load_pinned()
 
     def _active_pinned(self) -> set[AbilityKey]:
-        store = self._admission.store
-        names = [name for name, state in store.state().abilities.items() if state.pinned]
-        manifests = (store.manifest(name) for name in names if store.versions(name))
-        return {AbilityKey(m.name, m.version, m.digest) for m in manifests}
+        store, found = self._admission.store, set()
+        for name, state in store.state().abilities.items():
+            try:
+                if state.pinned and store.versions(name):
+                    manifest = store.manifest(name)
+                    found.add(AbilityKey(manifest.name, manifest.version, manifest.digest))
+            except ActServeError as exc:  # which the others have no part in
+                self._complain(f"Pinned ability {name} is", exc)
+        return found
+
+    def _complain(self, what: str, exc: Exception) -> None:
+        """Logs why something is not loaded ahead, once and not at every look."""
+        if self._complaints.get(what) != str(exc):
+            self._complaints[what] = str(exc)
+            expected = isinstance(exc, ActServeError)
+            logger.warning("%s not loaded ahead: %s", what, exc if expected else repr(exc), exc_info=not expected)
 
     async def _admitted(self, model: str) -> _Known:
         known = self._known.get(model) or self._known.setdefault(model, await self._admit(model))
@@ -221,7 +236,7 @@ class CompositionRegistry:
             if key in self.seats:
                 continue
             if key not in self._fetching:
-                fetching = asyncio.to_thread(self._admission.store.fetch, key.name, key.version)
+                fetching = self._admission.in_thread(self._admission.store.fetch, key.name, key.version)
                 self._fetching[key] = asyncio.ensure_future(fetching)
                 self._fetching[key].add_done_callback(partial(self._fetched, key))
             await asyncio.shield(self._fetching[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import threading
@@ -159,6 +160,20 @@ def test_damaged_tensors_are_refused_and_never_cached(remote: ObjectStore, damag
     remote.put(key, content("fr", 1))
     store.refresh()
     assert (store.fetch("fr", 1) / TENSORS_FILE).read_bytes() == content("fr", 1)
+
+
+def test_a_full_disk_is_an_error_of_the_store(remote: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(remote.machine("one"), "fr")
+    store = remote.machine("two")
+    assert store.versions("fr") == [1]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("act_serve.abilities.mirror.tempfile.mkstemp", full)
+    monkeypatch.setattr("act_serve.abilities.mirror.Mirror._evict", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        store.fetch("fr", 1)
 
 
 def test_a_damaged_manifest_is_listed_as_such_and_hides_nothing(remote: ObjectStore) -> None:

@@ -17,11 +17,11 @@ import pytest
 import torch
 from vllm.lora.request import LoRARequest
 
-from act_serve.abilities.changes import pin
+from act_serve.abilities.changes import activate, pin
 from act_serve.abilities.store import Store
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.fit import ModuleShape
-from act_serve.delta.manifest import TENSORS_FILE
+from act_serve.delta.manifest import MANIFEST_FILE, TENSORS_FILE
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.admission import Admission
 from act_serve.engine.layers import DeltaLayer
@@ -31,7 +31,7 @@ from act_serve.engine.registry import CompositionRegistry
 from act_serve.engine.residents import ResidentAbilities
 from act_serve.engine.resolver import adapter_request
 from act_serve.engine.worker import AbilityWorker
-from act_serve.errors import ArtifactDamagedError, UnknownAbilityError
+from act_serve.errors import ArtifactDamagedError, EngineError, StoreError, UnknownAbilityError
 from act_serve.kernels.reference import add_rows_reference
 from tests.abilities_for_tests import linear_shapes, pinned, publish_random
 
@@ -178,6 +178,50 @@ async def test_what_vllm_has_forgotten_takes_no_room(start: Started, store: Stor
     assert manager.list_adapters() == {adapter.lora_int_id for adapter in new}
 
 
+async def test_a_refused_load_takes_nothing_from_a_request_that_runs(
+    start: Started, store: Store, tiny_llama: Path
+) -> None:
+    """Plain vLLM: a request still runs with what its name meant before, and another one asks for too much."""
+    publish_random(store, tiny_llama, "r3", seed=3)
+    engine, _ = start()
+    manager = engine.ability_manager
+    old, other, large = (
+        adapter_request("smol", pinned(store, text), number, store)
+        for number, text in enumerate(("r0", "r1", "r2+r3"), start=1)
+    )
+    for adapter in (old, other):
+        manager.add_adapter(adapter)
+    manager.remove_adapter(old.lora_int_id)
+    before = engine.step(old)
+    with pytest.raises(EngineError, match="raise max_resident_bytes"):
+        manager.add_adapter(large)
+    assert torch.equal(engine.step(old), before)
+
+
+async def test_downloads_of_others_keep_what_is_resident_waiting_for_nothing(
+    start: Started, store: Store, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cold = [f"r{number}" for number in range(3, 3 + 40)]
+    for number, name in enumerate(cold):
+        publish_random(store, tiny_llama, name, seed=number)
+    _, registry = start()
+    await ask(registry, store, "r0")
+    fetch, arrived = Store.fetch, threading.Event()
+
+    def slow(self: Store, name: str, version: int) -> Path:
+        assert name not in cold or arrived.wait(20)
+        return fetch(self, name, version)
+
+    monkeypatch.setattr(Store, "fetch", slow)
+    others = [asyncio.create_task(ask(registry, store, name)) for name in cold]
+    await asyncio.sleep(0.05)
+    await ask(registry, store, "r0*0.5")  # other weights of what is resident
+    await asyncio.to_thread(lambda: None)  # the threads of everybody else
+    assert not any(task.done() for task in others)
+    arrived.set()
+    await asyncio.gather(*others)
+
+
 async def test_a_download_keeps_nobody_else_waiting(
     start: Started, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +347,47 @@ async def test_a_damaged_pinned_ability_is_left_out(start: Started, store: Store
     engine, registry = start()
     await registry.load_pinned()
     assert engine.resident == {"r1"}
+
+
+@pytest.mark.parametrize("wrong", ["damaged manifest", "active version gone"])
+async def test_one_pinned_ability_that_is_wrong_keeps_no_other_out(
+    start: Started, store: Store, tiny_llama: Path, wrong: str
+) -> None:
+    publish_random(store, tiny_llama, "r0", seed=9, version=2)
+    activate(store, "r0", 2)
+    for name in ("r0", "r1"):
+        pin(store, name, True)
+    if wrong == "damaged manifest":
+        (store.path("r0", 2) / MANIFEST_FILE).write_text("{}")
+    else:
+        shutil.rmtree(store.path("r0", 2))
+    engine, registry = start()
+    await registry.load_pinned()
+    assert engine.resident == {"r1"}
+
+
+async def test_a_pinned_ability_is_tried_again_where_the_store_failed(
+    start: Started, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, failures = Store.fetch, [StoreError("away for a moment"), OSError(28, "No space left on device")]
+
+    def failing(self: Store, name: str, version: int) -> Path:
+        if name == "r0" and failures:
+            raise failures.pop(0)
+        return fetch(self, name, version)
+
+    for name in ("r0", "r1"):
+        pin(store, name, True)
+    monkeypatch.setattr(Store, "fetch", failing)
+    engine, registry = start()
+    for resident in ({"r1"}, {"r1"}, {"r1"}):  # what nobody expects is not tried again, and ends nothing
+        await registry.load_pinned()
+        assert engine.resident == resident
+    failures.append(StoreError("away for a moment"))
+    engine, registry = start()
+    for resident in ({"r1"}, {"r0", "r1"}):
+        await registry.load_pinned()
+        assert engine.resident == resident
 
 
 def test_the_loading_thread_takes_none_of_the_step_threads() -> None:
