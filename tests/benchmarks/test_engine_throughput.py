@@ -41,7 +41,7 @@ def test_ratios_are_medians_over_rounds_of_what_ran_in_the_same_round() -> None:
     }
     cases = summarize(results, {"compose_3_of_8": 0.75})
     assert cases["idle"] == {"tok_s": 99.0, "ratio": 0.99}
-    assert cases["compose_3_of_8"] == {"tok_s": 60.0, "ratio": 0.6, "limit": 0.75}
+    assert cases["compose_3_of_8"] == {"tok_s": 60.0, "ratio": 0.6, "limit": 0.75, "of_limit": 0.8}
     assert cases["compiled_four_mixed"]["ratio"] == 0.75, "against the compiled base"
     found = against_floors(cases)
     assert found[OF_LIMIT] == pytest.approx(0.8)
