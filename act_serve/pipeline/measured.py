@@ -5,7 +5,7 @@ Shapes: N items, S numbers of each (see `scorers.py`), R resamples.
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,11 @@ Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 RESAMPLES = 1000
 LEVEL = 0.95
+# So many counts are 64-bit numbers at once; all of those of 20,000 items would take 160 MB, twice. Slices are of one
+# size, a multiple of 8, and not small: OpenBLAS sums what is left over and small products in other orders, and the last
+# bits of a result would depend on the slices.
+_COUNTS_AT_ONCE = 3 << 20
+_SLICES = (1, 5, 25, 125)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +69,32 @@ def difference(left: Measured, right: Measured) -> tuple[float, Interval]:
 
 def _resampled(measured: Measured) -> Floats:
     """The score of every resample, `[R]`."""
-    sums_RS = _counts(len(measured.items_NS)) @ np.asarray(measured.items_NS)
-    return np.array([score_of(measured.metric, sums) for sums in sums_RS.tolist()])
+    items_NS = np.asarray(measured.items_NS)
+    counts_RN = _counts(len(items_NS))
+    return np.array(
+        [
+            score_of(measured.metric, sums)
+            for rows in _slices(len(items_NS))
+            for sums in (counts_RN[rows].astype(np.float64) @ items_NS).tolist()
+        ]
+    )
 
 
 @lru_cache(maxsize=8)
-def _counts(items: int) -> Floats:
-    """How often each of N items is drawn in each resample, `[R, N]`."""
-    drawn = np.random.default_rng(0).multinomial(items, [1 / items] * items, size=RESAMPLES)
-    return drawn.astype(np.float64)
+def _counts(items: int) -> NDArray[np.unsignedinteger[Any]]:
+    """How often each of N items is drawn in each resample, `[R, N]`, in the smallest dtype that holds N."""
+    draw, shares = np.random.default_rng(0), [1 / items] * items
+    counts_RN = np.empty((RESAMPLES, items), np.min_scalar_type(items))
+    for rows in _slices(items):  # one after the other, they are what a single call draws
+        counts_RN[rows] = draw.multinomial(items, shares, size=rows.stop - rows.start)
+    return counts_RN
+
+
+def _slices(items: int) -> Iterator[slice]:
+    """The R resamples of N items, in order, some at a time."""
+    fitting = (RESAMPLES // count for count in _SLICES if RESAMPLES // count * items <= _COUNTS_AT_ONCE)
+    size = next(fitting, RESAMPLES // _SLICES[-1])
+    return (slice(start, start + size) for start in range(0, RESAMPLES, size))
 
 
 def _percentiles(values_R: Floats) -> Interval:

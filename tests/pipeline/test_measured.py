@@ -1,13 +1,14 @@
 """Intervals cover what they should, and paired differences are tighter than two intervals apart."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
 from sacrebleu.metrics.chrf import CHRF
 from scipy import stats
 
-from act_serve.pipeline.measured import Measured, combined, difference
+from act_serve.pipeline.measured import RESAMPLES, Measured, _counts, _resampled, combined, difference
 from act_serve.pipeline.scorers import answer_numbers
 
 
@@ -78,3 +79,23 @@ def test_a_share_is_resampled_with_all_its_parts() -> None:
     value, (low, high) = combined(share, base, whole, part)
     assert value == pytest.approx(0.75)
     assert 0.6 < low < 0.75 < high < 0.9
+
+
+@pytest.mark.parametrize("count", [7, 300, 3500])
+def test_resamples_drawn_in_slices_are_those_of_one_call(count: int) -> None:
+    drawn = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=RESAMPLES)
+    assert np.array_equal(_counts(count), drawn)
+    values = np.random.default_rng(1).normal(2, 1, (count, 2)).round(3) ** 2
+    sums = drawn.astype(np.float64) @ np.asarray(values.tolist())
+    assert np.array_equal(_resampled(Measured("nll", values.tolist())), sums[:, 0] / sums[:, 1])
+
+
+def test_many_items_take_little_memory() -> None:
+    measured = hits([True, False] * 4000)
+    tracemalloc.start()
+    try:
+        assert measured.interval[0] < 0.5 < measured.interval[1]
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20  # 128 MB of counts, were they 64-bit numbers
+    finally:
+        tracemalloc.stop()
+        _counts.cache_clear()
