@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from act_serve.errors import ProfileError
 from act_serve.profile.schema import Data, Profile
+from act_serve.profile.yaml_text import parse_yaml
 
 Place = tuple[str, ...]
 
@@ -44,15 +45,14 @@ def _read(path: Path, below: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Pla
 def read_mapping(path: Path, what: str, first: str) -> tuple[dict[str, Any], dict[Place, str]]:
     """The keys of a YAML file, and `file:line` of every key; the file is a `what` and begins with the key `first`.
 
-    Raises ProfileError when it can't be read or is no mapping.
+    Raises ProfileError when it can't be read or is no mapping, or has a key twice in one place.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise ProfileError(f"{path}: can't be read ({exc})") from exc
     try:
-        content = yaml.safe_load(text)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        content, root = parse_yaml(text)
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)

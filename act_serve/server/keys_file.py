@@ -24,6 +24,7 @@ from pydantic import (
 
 from act_serve.delta.composition import NAME_PATTERN
 from act_serve.errors import ProfileError
+from act_serve.profile.yaml_text import RepeatedKeyError, parse_yaml
 
 _MAX_FILE_BYTES = 1 << 20
 
@@ -82,12 +83,14 @@ def read_keys_file(path: Path) -> list[KeyRecord]:
             raw = file.read(_MAX_FILE_BYTES + 1)
         if len(raw) > _MAX_FILE_BYTES:
             raise ProfileError(f"{path}: a keys file has at most {_MAX_FILE_BYTES} bytes")
-        content = yaml.safe_load(raw)
+        content, _ = parse_yaml(raw)
     except OSError as exc:
         raise ProfileError(f"{path}: the keys file cannot be read ({exc.strerror})") from exc
     except (yaml.YAMLError, ValueError, RecursionError) as exc:  # their texts quote the file
         mark = getattr(exc, "problem_mark", None)
-        raise ProfileError(f"{path}{f':{mark.line + 1}' if mark else ''}: the keys file is not valid YAML") from None
+        twice = isinstance(exc, RepeatedKeyError)
+        said = "a field stands twice in one entry" if twice else "the keys file is not valid YAML"
+        raise ProfileError(f"{path}{f':{mark.line + 1}' if mark else ''}: {said}") from None
     return parse_keys(content, str(path))
 
 

@@ -92,6 +92,7 @@ def test_dry_run_shows_conflicts_and_writes_nothing(home: Path) -> None:
         (("weight: 0.5", "weight: [0.1, 0.9]"), r"models\.0\.parameters\.weight: Input should be a valid number"),
         (("dtype", "slices"), r"recipe\.yaml:8: slices: unknown key"),
         ((RECIPE, "merge_method: sum\nmodels: []"), r"recipe\.yaml:2: models: give at least one"),
+        (("dtype", "models: []\ndtype"), r"recipe\.yaml:8: not valid YAML: the key `models` stands in line 3 already"),
         ((RECIPE, "[1]"), "a recipe is a mapping that starts with `merge_method"),
     ],
 )

@@ -59,6 +59,9 @@ def test_files_are_relative_to_the_profile(tmp_path: Path) -> None:
         ("{model: ../source}", "{}", "demo.yaml:5: source: give one of `model`"),
         ("{train: train.jsonl, test: test.jsonl}", "{maker: x, test: y}", "demo.yaml:4: data: name either"),
         ("name: demo", "name: [demo", "demo.yaml:2: not valid YAML"),
+        ("localize:", "score: []\nlocalize:", "demo.yaml:9: not valid YAML: the key `score` stands in line 6 already"),
+        ("  p: 0.1", "  p: 0.1\n  p: 0.2", "demo.yaml:8: not valid YAML: the key `p` stands in line 7 already"),
+        ("metric: nll", "metric: nll, metric: chrf", "demo.yaml:9: not valid YAML: the key `metric` stands"),
         (GOOD, "- 1", "a profile is a mapping"),
     ],
 )
@@ -67,6 +70,13 @@ def test_mistakes_name_line_and_field(tmp_path: Path, old: str, new: str, said: 
     with pytest.raises(ProfileError) as caught:
         load_profile(written(tmp_path, GOOD.replace(old, new)))
     assert said in str(caught.value)
+
+
+def test_a_key_of_another_place_that_an_alias_brings_in_is_no_second_one(tmp_path: Path) -> None:
+    task = "&task {name: demo_nll, metric: nll, data: {test: test.jsonl}}"
+    text = GOOD.replace(task.removeprefix("&task "), task) + "  - {<<: *task, name: demo_chrf, metric: chrf}\n"
+    profile = load_profile(written(tmp_path, text))
+    assert [(task.name, task.metric) for task in profile.score] == [("demo_nll", "nll"), ("demo_chrf", "chrf")]
 
 
 def test_retention_counts_the_tasks_of_the_profile_that_is_extended(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_a_keys_file_is_yaml_or_json(tmp_path: Path) -> None:
         (f"- {{id: a, sha256: {A}, roles: [infer], requests_per_minute: 0}}", "entry 1, requests_per_minute"),
         (f"- {{id: a, sha256: {A}, roles: [infer], requests_per_minute: .inf}}", "entry 1, requests_per_minute"),
         (f"- {{id: a, sha256: {A}, roles: [infer], rate: 1}}", "entry 1, rate"),
+        (f"- id: a\n  sha256: {A}\n  roles: [infer]\n  roles: [admin]", ":4: a field stands twice in one entry"),
         (ONE + f"- {{id: a, sha256: {B}, roles: [infer]}}", "the same id"),
         (ONE + f"- {{id: b, sha256: {A}, roles: [infer]}}", "the same sha256"),
         (ONE + "#" * (1 << 20), "at most"),
