@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from act_serve.errors import DataError
+from act_serve.errors import DataError, ModelError
 
 # Examples are cut here, so that a few long ones don't decide how much memory and time a batch takes.
 MAX_TOKENS = 320
@@ -65,21 +65,22 @@ class Batch:
 def encode(tokenizer: Any, example: Example) -> Encoded:
     """Encodes with the model's own chat template, exactly as a chat server does; plain text counts from token two.
 
-    What goes beyond `MAX_TOKENS` is cut off: with a longer prompt, no answer token is left.
+    What goes beyond `MAX_TOKENS` is cut off: with a longer prompt, no answer token is left. Raises ModelError for an
+    answer where the tokenizer has no token that ends one.
     """
     if example.prompt is None:
         ids = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
         return Encoded(tuple(ids[:MAX_TOKENS]), 1)
     prompt = encode_prompt(tokenizer, example.prompt)
     answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
-    return Encoded(tuple([*prompt, *answer, tokenizer.eos_token_id][:MAX_TOKENS]), len(prompt))
+    return Encoded(tuple([*prompt, *answer, _end_of_answer(tokenizer)][:MAX_TOKENS]), len(prompt))
 
 
 def encode_answered(tokenizer: Any, examples: Iterable[Example], where: str) -> list[Encoded]:
     """Encodes examples that must each be scored or trained on.
 
     Raises DataError, which begins with `where` they are from, for one without an answer token: its likelihood would be
-    0 / 0, and no number that stands for it would be true.
+    0 / 0, and no number that stands for it would be true. Raises ModelError as `encode` does.
     """
     return [_answered(tokenizer, number, example, where) for number, example in enumerate(examples, start=1)]
 
@@ -92,6 +93,16 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _end_of_answer(tokenizer: Any) -> int:
+    """The token that ends an answer: without one, a model would never learn to stop."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no token that ends an answer; name it in "
+            "its tokenizer_config.json, as eos_token"
+        )
+    return int(tokenizer.eos_token_id)
 
 
 def _answered(tokenizer: Any, number: int, example: Example, where: str) -> Encoded:

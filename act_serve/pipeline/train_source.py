@@ -37,7 +37,7 @@ def train_source(
     weights, dtype = _linear_weights(model, base), _dtype(base)
     masters = [master.requires_grad_(True) for master in _masters(weights, base)]
     items = encode_answered(tokenizer, examples, "the training data")
-    stream = training_batches(items, settings.batch_size, tokenizer.pad_token_id, seed)
+    stream = training_batches(items, settings.batch_size, tokenizer.pad_token_id or 0, seed)
 
     def loss() -> Tensor:
         _copy(masters, weights)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from act_serve.errors import DataError
+from act_serve.errors import DataError, ModelError
 from act_serve.models.examples import MAX_TOKENS, Encoded, Example, batches, collate, encode, encode_answered
 from tests.tiny_models import make_tokenizer
 
@@ -20,6 +20,14 @@ def test_answer_positions() -> None:
 def test_plain_text_counts_all_but_its_first_token() -> None:
     item = encode(make_tokenizer(), Example(None, "abc"))
     assert (item.answer_start, item.answer_tokens) == (1, 2)
+
+
+def test_a_tokenizer_without_an_end_token_is_named() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token, tokenizer.name_or_path = None, "models/endless"
+    assert encode(tokenizer, Example(None, "abc")).answer_tokens == 2
+    with pytest.raises(ModelError, match=r"tokenizer of models/endless has no token .* tokenizer_config\.json"):
+        encode(tokenizer, Example("hi", "ok"))
 
 
 def test_an_example_without_an_answer_token_is_named() -> None:

@@ -472,3 +472,14 @@ def test_source_trained_by_the_build(tmp_path: Path, pair: dict[str, list[int]])
     assert "train the ability model densely, 3 steps" in said
     assert (tmp_path / "work" / "source" / "model" / "config.json").exists()
     assert read_artifact(artifact)[0].source_fingerprint is not None
+
+
+def test_source_is_trained_with_a_tokenizer_that_has_no_pad_token(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    tokenizer = load_tokenizer(base)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    assert load_tokenizer(base).pad_token_id is None
+    train = {"train": {"items": 5, "steps": 3, "batch_size": 2}}
+    artifact, _ = build(tmp_path, profile_file(tmp_path, source=train, finetune={"steps": 0}))
+    assert read_artifact(artifact)[0].counts.channels
