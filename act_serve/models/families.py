@@ -25,6 +25,7 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _WITH_HEAD_NORMS = frozenset({"qwen3", "qwen3_moe"})
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
 _NAME = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
 
@@ -41,7 +42,8 @@ def channel_modules(folder: Path, include: Sequence[str] = ()) -> list[ChannelMo
     """Lists the modules of the model in `folder` that hold channels, layer by layer, from its config alone.
 
     These are the linear ones, of a mixture of experts those of its attention, and of `act_serve.delta.channels.OUTSIDE`
-    the kinds that `include` names. Raises ModelError for a family whose layout is not known.
+    the kinds that `include` names. Raises ModelError for a family whose layout is not known, and for a config.json that
+    leaves out a size.
     """
     config = read_config(folder)
     family = config.get("model_type")
@@ -50,6 +52,9 @@ def channel_modules(folder: Path, include: Sequence[str] = ()) -> list[ChannelMo
     if family not in known:
         kind = "mixture of experts" if mixture else "model family"
         raise ModelError(f"{folder}: {kind} {family!r} is not supported; known: {', '.join(sorted(known))}")
+    sizes = (*_SIZES, *(["vocab_size"] if {"lm_head", "embedding"} & set(include) else []))
+    if missing := [size for size in sizes if not isinstance(config.get(size), int)]:
+        raise ModelError(f"{folder}: config.json gives no number for {', '.join(missing)}; download the model's again")
     linear = _ATTENTION if mixture else PROJECTIONS
     in_layer = (*linear, *_NORMS, *(_HEAD_NORMS if family in _WITH_HEAD_NORMS else ()))
     layers = (f"model.layers.{layer}.{name}" for layer in range(config["num_hidden_layers"]) for name in in_layer)

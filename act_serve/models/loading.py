@@ -117,13 +117,15 @@ def untie(model: Any) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Loads the tokenizer of `folder`; raises ModelError when there is none."""
+    """Loads the tokenizer of `folder`; raises ModelError when there is none, or its files are damaged."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as exc:
-        raise ModelError(f"{folder} has no usable tokenizer: {exc}") from exc
+    except Exception as exc:  # the library below, in Rust, raises no kind of its own for a damaged file
+        raise ModelError(
+            f"{folder} has no usable tokenizer: {exc}; if its files are damaged, download them again"
+        ) from exc
 
 
 def _embedded_gguf() -> Path:

@@ -107,13 +107,28 @@ def open_rows(folder: Path, names: Sequence[str] | None = None) -> Iterator[RowR
 
 
 def shards(folder: Path, names: Sequence[str] | None = None) -> list[Path]:
-    """The safetensors files of the checkpoint in `folder`, or those of `names`; raises ModelError without any."""
+    """The safetensors files of the checkpoint in `folder`, or those of `names`.
+
+    Raises ModelError when there are none, or their index is damaged.
+    """
     index = folder / _INDEX
     if index.exists():
-        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shard_of = _read_index(index)
         named = shard_of.values() if names is None else (shard_of[name] for name in names if name in shard_of)
         return [folder / name for name in sorted(set(named))]
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         raise ModelError(f"{folder} holds no .safetensors files; convert the checkpoint with save_pretrained first")
     return found
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The shard of every tensor, by name."""
+    try:
+        shard_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(shard) for name, shard in shard_of.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ModelError(
+            f"{path} is no index of a checkpoint's shards, as after a download that broke off: {exc!r}; download the "
+            "model again"
+        ) from exc

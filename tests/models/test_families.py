@@ -81,3 +81,15 @@ def test_an_unknown_mixture_of_experts(tmp_path: Path, field: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", field: 4}))
     with pytest.raises(ModelError, match=r"mixture of experts 'qwen2' is not supported; known: mixtral, qwen2_moe"):
         channel_modules(tmp_path)
+
+
+def test_a_config_that_leaves_out_a_size_is_named(tmp_path: Path) -> None:
+    path = make_llama(tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_hidden_layers": "two", "vocab_size": None}))
+    with pytest.raises(ModelError, match=r"config\.json gives no number for num_hidden_layers; download"):
+        channel_modules(tmp_path)
+    del config["hidden_size"], config["vocab_size"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"config\.json gives no number for hidden_size, vocab_size; download"):
+        channel_modules(tmp_path, ("lm_head",))

@@ -48,6 +48,21 @@ def test_damaged_model(tmp_path: Path) -> None:
         loading.load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", '{"model": null, "added_tokens": []}'),
+        ("tokenizer.json", "["),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_damaged_tokenizer(tmp_path: Path, file: str, text: str) -> None:
+    folder = make_llama(tmp_path / "model")
+    (folder / file).write_text(text)
+    with pytest.raises(ModelError, match=r"model has no usable tokenizer: .*; if its files are damaged, download"):
+        loading.load_tokenizer(folder)
+
+
 def test_model_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def starved(*_: object, **__: object) -> torch.Tensor:
         return torch.empty(10**15)

@@ -32,3 +32,14 @@ def test_missing_and_damaged(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ModelError, match="can't be read"), open_rows(folder):
         pass
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {"model.la', "[]", "{}", '{"weight_map": null}', "\xff"])
+def test_an_index_whose_download_broke_off_is_named(tmp_path: Path, text: str) -> None:
+    folder = make_llama(tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
+    with (
+        pytest.raises(ModelError, match=r"model\.safetensors\.index\.json is no index .*; download the model again"),
+        open_rows(folder),
+    ):
+        pass
