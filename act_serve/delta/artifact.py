@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from act_serve.delta.durable import sync_folder
+from act_serve.delta.file_hashes import file_state, is_settled
 from act_serve.delta.manifest import (
     MANIFEST_FILE,
     TENSORS_FILE,
@@ -41,7 +41,6 @@ from act_serve.errors import ArtifactDamagedError, StoreError
 
 # Hashed while the core's cache holds it.
 _CHUNK_BYTES = 256 << 10
-_COARSEST_TIME_NS = 2_000_000_000
 # Torch has no arithmetic for its narrower floating types.
 _FLOATING = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 
@@ -167,7 +166,7 @@ class ReadBuffer:
     def read(self, path: Path) -> tuple[memoryview, str]:
         """The bytes of a file, until the next one is read, and their sha256; raises OSError."""
         with path.open("rb", buffering=0) as file:
-            state = _state(file.fileno())
+            state = file_state(file.fileno())
             then, known = self._hashed.get(path, (state, ""))
             digest = None if known and then == state else hashlib.sha256()
             size, memory = state[2], self._kept
@@ -180,26 +179,15 @@ class ReadBuffer:
                 if digest:
                     digest.update(whole[filled : filled + count])
                 filled += count
-            unchanged = _state(file.fileno()) == state
+            unchanged = file_state(file.fileno()) == state
         whole = whole[:filled]
         if digest:
             known = digest.hexdigest()
-            if unchanged and _settled(state):
+            if unchanged and is_settled(state):
                 self._hashed[path] = state, known
         elif not unchanged:
             known = hashlib.sha256(whole).hexdigest()
         return whole, known
-
-
-def _state(file: int) -> tuple[int, ...]:
-    """What is another one after every change of a file; the last of it is when, in nanoseconds."""
-    found = os.fstat(file)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _settled(state: tuple[int, ...]) -> bool:
-    """Whether the next change will have another time, which file systems keep to the ms or to the second."""
-    return time.time_ns() - state[-1] > _COARSEST_TIME_NS
 
 
 def read_artifact(

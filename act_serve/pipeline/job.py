@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.models.content import content_key
 from act_serve.models.examples import Example
 from act_serve.pipeline.datasets.catalogue import load_examples
 from act_serve.pipeline.datasets.splits import Split
@@ -38,8 +38,8 @@ class Job:
 
     @property
     def base_key(self) -> str:
-        """Names the base in stage records."""
-        return fingerprint_model(self.base).model_dump_json()
+        """Names the base in stage records, with its tokenizer; another one after every change of its files."""
+        return content_key(self.base)
 
     def keep(
         self, name: str, inputs: dict[str, Any], make: Callable[[Path, Report], None], *, together: bool = False

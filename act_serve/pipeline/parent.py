@@ -38,7 +38,9 @@ class Parent:
             save_deltas(folder, compose([(artifact, weight) for artifact in self.folders], job.base))
 
         digests = [manifest.tensors_sha256 for manifest in self.manifests]
-        return job.keep("transfer", {"ability": digests[0] if len(digests) == 1 else digests}, make)
+        # Rows of one artifact are the same on every base, and what is trained of them is not.
+        inputs = {"base": job.base_key, "ability": digests[0] if len(digests) == 1 else digests}
+        return job.keep("transfer", inputs, make)
 
     def scores(self, questions: Sequence[Question]) -> dict[str, Scores]:
         """What the first one's build measured of `source` and `transfer`, which are not at hand any more.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from act_serve.delta.fingerprint import fingerprint_model
+from act_serve.models.content import content_key
 from act_serve.models.loading import resolve_model
 from act_serve.pipeline.datasets.catalogue import examples_hash
 from act_serve.pipeline.job import Job
@@ -15,7 +15,7 @@ def source_model(job: Job) -> tuple[Path, str]:
     wanted = job.profile.source
     if wanted.model is not None:
         folder = resolve_model(wanted.model)
-        return folder, fingerprint_model(folder).model_dump_json()
+        return folder, content_key(folder)
     assert wanted.train is not None  # the profile has exactly one of them, and this is no continued ability
     settings, seed = wanted.train, job.profile.seed
     examples = job.examples("train", settings.items)

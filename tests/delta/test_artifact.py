@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 
 from act_serve.abilities.store import Store
 from act_serve.delta import artifact as artifact_module
+from act_serve.delta import file_hashes
 from act_serve.delta.artifact import ModuleDelta, ReadBuffer, read_artifact, serialize_modules, write_artifact
 from act_serve.delta.manifest import MANIFEST_FILE, TENSORS_FILE
 from act_serve.errors import ArtifactDamagedError, StoreError
@@ -175,11 +176,11 @@ def test_a_file_is_hashed_again_only_when_it_was_written_to(
     folder, buffer = publish_random(Store(tmp_path), tiny_qwen, "a", seed=1), ReadBuffer()
     sha256 = Mock(wraps=hashlib.sha256)
     monkeypatch.setattr(artifact_module.hashlib, "sha256", sha256)
-    monkeypatch.setattr(artifact_module, "_COARSEST_TIME_NS", 10**15)
+    monkeypatch.setattr(file_hashes, "_COARSEST_TIME_NS", 10**15)
     for _ in range(2):
         read_artifact(folder, buffer=buffer)
     assert sha256.call_count == 2, "a file as young as this may change and keep its time"
-    monkeypatch.setattr(artifact_module, "_COARSEST_TIME_NS", 0)
+    monkeypatch.setattr(file_hashes, "_COARSEST_TIME_NS", 0)
     for _ in range(2):
         read_artifact(folder, buffer=buffer)
     assert sha256.call_count == 3
@@ -199,10 +200,10 @@ def test_what_changes_while_a_known_file_is_read_is_noticed(
     tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, buffer = publish_random(Store(tmp_path), tiny_qwen, "a", seed=1), ReadBuffer()
-    monkeypatch.setattr(artifact_module, "_COARSEST_TIME_NS", 0)
+    monkeypatch.setattr(file_hashes, "_COARSEST_TIME_NS", 0)
     read_artifact(folder, buffer=buffer)
     tensors = folder / TENSORS_FILE
-    data, look = bytearray(tensors.read_bytes()), artifact_module._state
+    data, look = bytearray(tensors.read_bytes()), artifact_module.file_state
     data[-1] ^= 1
 
     def looked_then_written(file: int) -> tuple[int, ...]:
@@ -212,6 +213,6 @@ def test_what_changes_while_a_known_file_is_read_is_noticed(
             tensors.write_bytes(data)
         return found
 
-    monkeypatch.setattr(artifact_module, "_state", looked_then_written)
+    monkeypatch.setattr(artifact_module, "file_state", looked_then_written)
     with pytest.raises(ArtifactDamagedError, match="sha256"):
         read_artifact(folder, buffer=buffer)

@@ -187,6 +187,54 @@ def test_changed_setting_repeats_only_what_depends_on_it(tmp_path: Path, pair: d
     assert kept == ["calibrate", "localize", "evaluate-base", "evaluate-source"]
 
 
+def kept_after(folder: Path, change: Callable[[], None], **settings: Any) -> list[str]:
+    """The stages that a second build takes from the first after a change of its models."""
+    build(folder, profile_file(folder, **settings))
+    change()
+    _, said = build(folder, profile_file(folder, **settings))
+    return [text.split()[1] for text in said.splitlines() if "kept from" in text]
+
+
+def change_row(folder: Path) -> None:
+    """Changes a row in the middle of nowhere: neither the first nor the last of its tensor, nor at its half."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][7] += 3.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_row_of_the_source_that_changed_repeats_what_depends_on_it(
+    tmp_path: Path, pair: dict[str, list[int]]
+) -> None:
+    assert kept_after(tmp_path, lambda: change_row(tmp_path / "source")) == ["evaluate-base"]
+    first, second = (read_artifact(tmp_path / "store" / "demo" / str(version))[0] for version in (1, 2))
+    assert first.tensors_sha256 != second.tensors_sha256
+
+
+def test_a_row_of_the_base_that_changed_repeats_all_but_the_source(tmp_path: Path, pair: dict[str, list[int]]) -> None:
+    assert kept_after(tmp_path, lambda: change_row(tmp_path / "base")) == ["evaluate-source"]
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json", "generation_config.json"])
+def test_what_stands_around_the_base_s_weights_counts(tmp_path: Path, pair: dict[str, list[int]], file: str) -> None:
+    path = tmp_path / "base" / file
+    assert path.exists()
+    assert kept_after(tmp_path, lambda: path.write_text(path.read_text() + "\n")) == ["evaluate-source"]
+
+
+def test_an_ability_that_goes_on_is_trained_again_on_a_base_that_changed(
+    tmp_path: Path, pair: dict[str, list[int]]
+) -> None:
+    build(tmp_path, profile_file(tmp_path))
+    content = yaml.safe_load(profile_file(tmp_path, source={"ability": "demo@1"}).read_text())
+    del content["localize"]
+    path = tmp_path / "more.yaml"
+    path.write_text(yaml.safe_dump(content | {"name": "more", "retain": [], "finetune": {"steps": 2, "items": 5}}))
+    build(tmp_path, path)
+    change_row(tmp_path / "base")
+    _, said = build(tmp_path, path)
+    assert "kept from" not in said
+
+
 def test_neighbours_are_measured_together(tmp_path: Path, pair: dict[str, list[int]]) -> None:
     _, alone = build(tmp_path, profile_file(tmp_path, name="first"))
     artifact, said = build(tmp_path, profile_file(tmp_path))

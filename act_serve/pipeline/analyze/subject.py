@@ -68,7 +68,7 @@ class Subject:
         score = score_name(ranking, include)
         text = examples_hash(examples)
         inputs = {
-            "base": fingerprint_model(self.job.base).model_dump_json(),
+            "base": self.job.base_key,
             "source": self.source_key,
             "score": score,
             "examples": text,
