@@ -1,15 +1,17 @@
 """transformers' Trainer, set up for rows: a checkpoint holds the rows and their optimiser state alone."""
 
+import logging
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from act_serve.errors import BuildError
 from act_serve.pipeline.row_lesson import Course, RowLesson
@@ -17,6 +19,10 @@ from act_serve.pipeline.training import BETAS, CLIP_NORM, Report, Schedule
 from act_serve.profile.schema import FineTune
 
 CHECKPOINTS_PER_RUN = 10
+_STATE = "trainer_state.json"
+_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", _STATE)
+
+_log = logging.getLogger(__name__)
 
 
 def training_arguments(folder: Path, settings: FineTune, seed: int, *, checkpoints: bool) -> TrainingArguments:
@@ -29,7 +35,7 @@ def training_arguments(folder: Path, settings: FineTune, seed: int, *, checkpoin
         max_grad_norm=CLIP_NORM,
         save_strategy="steps" if checkpoints else "no",
         save_steps=max(1, settings.steps // CHECKPOINTS_PER_RUN),
-        save_total_limit=1,
+        save_total_limit=2,  # where power fails, the last one may be torn
         logging_strategy="no",
         logging_nan_inf_filter=False,  # a loss that is not finite ends the build instead
         use_cpu=not torch.cuda.is_available(),  # else several processes without a GPU do not know of each other
@@ -88,9 +94,36 @@ class RowTrainer(Trainer):
 
 
 def _last_whole(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: Trainer writes its own state last."""
-    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
-    return str(states[-1].parent) if states else None
+    """The newest checkpoint that can be read to its end; says which newer ones can't."""
+    states = sorted(folder.glob(f"checkpoint-*/{_STATE}"), key=lambda path: int(path.parent.name[11:]))
+    for checkpoint in (state.parent for state in reversed(states)):  # Trainer writes its own state last
+        damage = _damage(checkpoint)
+        if damage is None:
+            return str(checkpoint)
+        _log.warning("%s is damaged (%s); the checkpoint before it is taken, if there is one", checkpoint, damage)
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What of a checkpoint is missing or was written in part, as when power failed."""
+    for path in sorted({checkpoint / name for name in _FILES} | set(checkpoint.glob("*.pth"))):
+        try:
+            _check_whole(path)
+        except (OSError, ValueError, TypeError, BadZipFile, SafetensorError) as exc:
+            return f"{path.name}: {exc}"
+    return None
+
+
+def _check_whole(path: Path) -> None:
+    if path.name == _STATE:
+        TrainerState.load_from_json(str(path))
+    elif path.suffix == ".safetensors":
+        with safe_open(path, framework="pt"):
+            return
+    else:
+        with ZipFile(path) as parts:  # as torch.save writes, with a checksum of every part
+            if torn := parts.testzip():
+                raise BadZipFile(f"{torn} has another checksum")
 
 
 class _Progress(TrainerCallback):

@@ -1,5 +1,6 @@
 """Training of rows: resumed runs end where uninterrupted ones do, and checkpoints hold the rows alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,9 +71,8 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, accumu
     whole = run(silent, None)
     with pytest.raises(Interrupted):
         run(stop_after(13), folder)
-    (kept,) = folder.iterdir()
-    assert kept.name == "checkpoint-12"
-    saved = load_file(kept / "model.safetensors")
+    assert {kept.name for kept in folder.iterdir()} == {"checkpoint-10", "checkpoint-12"}
+    saved = load_file(folder / "checkpoint-12" / "model.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == 8 * (32 + 64)
     (folder / "checkpoint-14").mkdir()  # one that was being written when the machine went down
     steps: list[int] = []
@@ -80,6 +80,55 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, accumu
     assert steps == list(range(13, 21))
     assert all(torch.equal(resumed[name].delta, whole[name].delta) for name in whole)
     assert all(delta.delta.abs().sum() > 0 for delta in whole.values())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def lose(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def blank_the_middle(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 512] = bytes(512)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("file", "tear"),
+    [
+        ("trainer_state.json", cut),
+        ("optimizer.pt", cut),
+        ("optimizer.pt", blank_the_middle),
+        ("optimizer.pt", lose),
+        ("rng_state.pth", cut),
+        ("model.safetensors", cut),
+    ],
+)
+def test_a_torn_checkpoint_is_passed_over(
+    tmp_path: Path, file: str, tear: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    base, folder = make_llama(tmp_path / "base"), tmp_path / "checkpoints"
+
+    def run(report: Report) -> dict[str, ModuleDelta]:
+        settings = FineTune(steps=10, batch_size=2, learning_rate=1e-2)
+        return finetune(
+            base=base, deltas=zeros(8), lessons=LESSONS, settings=settings, seed=3, report=report, checkpoints=folder
+        )
+
+    with pytest.raises(Interrupted):
+        run(stop_after(6))
+    tear(folder / "checkpoint-5" / file)
+    with pytest.raises(Interrupted):
+        run(stop_after(5))  # the first step after checkpoint-4
+    assert f"checkpoint-5 is damaged ({file}: " in caplog.text
+    for checkpoint in folder.iterdir():
+        tear(checkpoint / file)
+    steps: list[int] = []
+    run(lambda done, _total, _remark: steps.append(done))
+    assert steps == list(range(1, 11))
 
 
 def test_accumulated_batches_count_as_one(tmp_path: Path) -> None:
