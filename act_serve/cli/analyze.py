@@ -1,5 +1,6 @@
 """`act-serve analyze`: the paper's findings on the user's own models, as pictures and tables."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,17 +59,22 @@ def analyze(
     from act_serve.pipeline.analyze.analysis import Options, refuse_impossible
     from act_serve.pipeline.analyze.analysis import analyze as run
     from act_serve.pipeline.analyze.report import check_writable, write_report
-    from act_serve.pipeline.analyze.subject import open_subjects
+    from act_serve.pipeline.analyze.subject import open_subjects, refuse_unfit
     from act_serve.pipeline.progress import Screen
+    from act_serve.pipeline.work_lock import alone_in
 
     options = Options(at, _parts(skip or []), _rankings(ranking or []), finetune, items)
     refuse_impossible(loaded, options)
+    refuse_unfit(loaded)
     _quieten(threads)
     check_writable(out)
-    console = Console()
-    subjects = open_subjects(loaded, work or cache_home() / "builds", Screen(console))
-    found = run(subjects, options)
-    page = write_report(found, subjects, out)
+    console, builds = Console(), work or cache_home() / "builds"
+    with ExitStack() as stack:
+        for profile in loaded:
+            stack.enter_context(alone_in(builds / profile.name, console.print))
+        subjects = open_subjects(loaded, builds, Screen(console))
+        found = run(subjects, options)
+        page = write_report(found, subjects, out)
     for finding in found.findings:
         if finding.verdict is not None:
             console.print(f"[bold]{finding.title}[/bold]: {finding.verdict}. {finding.sentences[1]}", highlight=False)

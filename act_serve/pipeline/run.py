@@ -19,6 +19,7 @@ from act_serve.pipeline.search import Curve, smallest_candidate
 from act_serve.pipeline.source_model import source_model
 from act_serve.pipeline.stage_files import load_deltas
 from act_serve.pipeline.tuned_rows import tuned_rows
+from act_serve.pipeline.work_lock import alone_in
 from act_serve.profile.schema import Profile
 
 PLAN_EXAMPLES = 8
@@ -28,12 +29,17 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
     """Builds the ability of `profile` and returns the folder of its new version in `store`.
 
     Of several processes (`accelerate launch`) the first one publishes; the others return the folder of the rows.
-    Finished stages lie in `work` and are used again by the next build with the same inputs. Raises RetentionError
-    when a retained task falls too far and GainError when a search finds no share of channels that keeps enough
-    (nothing is published then), and any other ActServeError with what to do.
+    Finished stages lie in `work` and are used again by the next build with the same inputs; one build at a time works
+    there. Raises RetentionError when a retained task falls too far and GainError when a search finds no share of
+    channels that keeps enough (nothing is published then), and any other ActServeError with what to do.
     """
     job, parent = prepare(profile, store=store, work=work, screen=screen)
     _show_plan(job, store)
+    with alone_in(work, lambda said: screen.note(escape(said))):
+        return _build(job, parent, store)
+
+
+def _build(job: Job, parent: Parent | None, store: Store) -> Path:
     candidate, origin, curve = _continued(job, parent) if parent else _made(job)
     if not is_first():
         return candidate.final.folder
@@ -41,7 +47,7 @@ def build(profile: Profile, *, store: Store, work: Path, screen: Screen) -> Path
     deltas, settled = load_deltas(candidate.final.folder), candidate.job.profile
     descent = origin.descent(settled, job.base)
     folder = publish(profile=settled, base=job.base, descent=descent, deltas=deltas, evidence=evidence, store=store)
-    screen.note(escape(published(profile.name, folder, store)))
+    job.screen.note(escape(published(settled.name, folder, store)))
     return folder
 
 

@@ -5,12 +5,15 @@ import json
 import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from act_serve.errors import BuildError, ModelError
@@ -62,7 +65,7 @@ def run_stage(
         kept = _waited_for(folder, key)
     if kept is not None:
         return kept
-    staging = work / f".{name}.{os.getpid()}"
+    staging = work / f".{name}.{_machine()}.{os.getpid()}"
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -91,6 +94,21 @@ def run_stage(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Stage(folder, key, seconds, peak, resumed=False)
+
+
+def clear_leftovers(work: Path) -> None:
+    """Removes what processes of this machine that were killed in a stage left in `work`.
+
+    Only for whoever is alone there: processes of another container may have the same numbers.
+    """
+    for folder in work.glob(f".*.{escape(_machine())}.*"):
+        number = folder.suffix[1:]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _machine() -> str:
+    return socket.gethostname() or "localhost"
 
 
 def _kept(folder: Path, key: str) -> Stage | None:

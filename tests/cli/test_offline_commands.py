@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -180,6 +181,16 @@ def test_analysis_needs_an_ability_model(home: Path) -> None:
     with pytest.raises(ProfileError, match=r"es goes on from the ability es .* source\.model or source\.train"):
         call("analyze", SHIPPED / "es-2.yaml", "--out", home / "out", "--work", home / "work")
     assert not (home / "work").exists()
+
+
+def test_an_analysis_holds_the_locks_of_its_builds(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: object) -> None:
+        with FileLock(home / "work" / "extract" / "build.lock", timeout=0):
+            raise AssertionError("nothing is locked")
+
+    monkeypatch.setattr("act_serve.pipeline.analyze.subject.open_subjects", opened)
+    with pytest.raises(Timeout):
+        call("analyze", SHIPPED / "extract.yaml", "--out", home / "out", "--work", home / "work")
 
 
 def test_ranking_that_cannot_go_layer_by_layer_is_refused_before_anything_runs(home: Path) -> None:

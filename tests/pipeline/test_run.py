@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,20 @@ def test_interrupted_build_goes_on(tmp_path: Path, pair: dict[str, list[int]], m
     _, said = build(tmp_path, path)
     kept = [text.split()[1] for text in said.splitlines() if "kept from" in text]
     assert kept == ["calibrate", "localize", "transfer"]
+
+
+def test_a_build_holds_the_lock_of_its_folder(
+    tmp_path: Path, pair: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def alone(folder: Path, _note: object) -> AbstractContextManager[None]:
+        held.append(folder)
+        return nullcontext()
+
+    monkeypatch.setattr(line, "alone_in", alone)
+    build(tmp_path, profile_file(tmp_path, finetune={"steps": 0}))
+    assert held == [tmp_path / "work"]
 
 
 def test_changed_setting_repeats_only_what_depends_on_it(tmp_path: Path, pair: dict[str, list[int]]) -> None:

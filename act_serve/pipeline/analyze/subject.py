@@ -97,12 +97,8 @@ class Subject:
         return localize(list(self.modules), scores, Localize(ranking=ranking, p=p), self.job.profile.seed)
 
 
-def open_subjects(profiles: Sequence[Profile], builds: Path, screen: Screen) -> list[Subject]:
-    """Makes or finds the ability models of several profiles whose builds lie in `builds`.
-
-    Raises ProfileError when two profiles have the same name or another base, or one has no ability model,
-    PairMismatchError for a bad pair.
-    """
+def refuse_unfit(profiles: Sequence[Profile]) -> None:
+    """Raises ProfileError when two profiles have the same name, or one has no ability model; reads nothing else."""
     for profile in profiles:
         if profile.source.ability:
             whence = ", ".join(profile.source.ability)
@@ -113,6 +109,15 @@ def open_subjects(profiles: Sequence[Profile], builds: Path, screen: Screen) -> 
     names = [profile.name for profile in profiles]
     if len(set(names)) < len(names):
         raise ProfileError(f"two profiles have the same name: {', '.join(sorted(names))}; give each ability once")
+
+
+def open_subjects(profiles: Sequence[Profile], builds: Path, screen: Screen) -> list[Subject]:
+    """Makes or finds the ability models of several profiles whose builds lie in `builds`.
+
+    Raises ProfileError when two profiles have the same name or another base, or one has no ability model,
+    PairMismatchError for a bad pair.
+    """
+    refuse_unfit(profiles)
     bases = {profile.name: resolve_model(profile.base) for profile in profiles}
     if len({fingerprint_model(base).model_dump_json() for base in bases.values()}) > 1:
         said = ", ".join(f"{name}: {base}" for name, base in bases.items())
