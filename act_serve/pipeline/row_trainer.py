@@ -1,6 +1,7 @@
 """transformers' Trainer, set up for rows: a checkpoint holds the rows and their optimiser state alone."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -14,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from act_serve.errors import BuildError
+from act_serve.pipeline.processes import is_first
 from act_serve.pipeline.row_lesson import Course, RowLesson
 from act_serve.pipeline.training import BETAS, CLIP_NORM, Report, Schedule
 from act_serve.profile.schema import FineTune
@@ -94,13 +96,14 @@ class RowTrainer(Trainer):
 
 
 def _last_whole(folder: Path) -> str | None:
-    """The newest checkpoint that can be read to its end; says which newer ones can't."""
-    states = sorted(folder.glob(f"checkpoint-*/{_STATE}"), key=lambda path: int(path.parent.name[11:]))
-    for checkpoint in (state.parent for state in reversed(states)):  # Trainer writes its own state last
+    """The newest checkpoint that can be read to its end; newer ones go, or Trainer would keep them and not its own."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]), reverse=True):
         damage = _damage(checkpoint)
         if damage is None:
             return str(checkpoint)
         _log.warning("%s is damaged (%s); the checkpoint before it is taken, if there is one", checkpoint, damage)
+        if is_first():
+            shutil.rmtree(checkpoint, ignore_errors=True)
     return None
 
 

@@ -131,8 +131,14 @@ def test_a_torn_checkpoint_is_passed_over(
         run(stop)
     assert steps == [5]
     assert f"checkpoint-5 is damaged ({file}: " in caplog.text
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-4"}
     for checkpoint in folder.iterdir():
         tear(checkpoint / file)
+    with pytest.raises(Interrupted):
+        run(stop_after(3))
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+    tear(folder / "checkpoint-1" / file)
+    tear(folder / "checkpoint-2" / file)
     run(lambda done, _total, _remark: steps.append(done))
     assert steps[1:] == list(range(1, 11))
 
