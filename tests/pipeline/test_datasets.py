@@ -11,7 +11,7 @@ import pytest
 
 from act_serve.errors import DataError
 from act_serve.models.examples import Example
-from act_serve.pipeline.datasets import debian_package, libreoffice_help
+from act_serve.pipeline.datasets import catalogue, debian_package, english_prose, libreoffice_help
 from act_serve.pipeline.datasets.catalogue import (
     examples_hash,
     load_examples,
@@ -23,8 +23,11 @@ from act_serve.pipeline.datasets.order_notes import KEYS, PROMPTS, UNSEEN_PLAIN,
 from act_serve.pipeline.datasets.splits import Split
 from act_serve.pipeline.datasets.word_problems import word_problems
 from act_serve.pipeline.scorers import answer_score
+from act_serve.pipeline.tuned_rows import retained_text
+from act_serve.profile.load import load_profile
 from act_serve.profile.schema import Data, Task
 
+PROFILES = sorted((Path(__file__).parents[2] / "profiles").rglob("*.yaml"))
 FIELDS = ("buyer", "city", "item", "date")
 
 
@@ -185,6 +188,36 @@ def test_package_with_a_home_that_cannot_be_made(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("ACT_SERVE_HOME", str(tmp_path / "file"))
     with pytest.raises(DataError, match="ACT_SERVE_HOME"):
         debian_package.unpacked_package("no-such-package", "usr/share/no-such-package")
+
+
+@pytest.fixture
+def handbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / english_prose.HANDBOOK
+    folder.mkdir(parents=True)
+    paragraphs = [f"Chapter {chr(97 + n)} says " + "that packages are installed " * 6 + "with care." for n in range(9)]
+    page = "".join(f'<div class="para">{text}</div>' for text in paragraphs)
+    (folder / "index.html").write_text(page, encoding="utf-8")
+    monkeypatch.setenv(debian_package.FOLDER_VARIABLE, str(tmp_path))
+
+
+@pytest.mark.usefixtures("handbook")
+def test_the_handbook_is_only_for_tests() -> None:
+    data = Data(maker="debian_handbook")
+    found = load_examples(data, "test", 99, 0)
+    assert len(found) == 9
+    assert load_examples(data, "test", 4, 0) == found[:4]
+    task = Task(name="english", metric="nll", data=data)
+    for split in ("train", "validation"):
+        with pytest.raises(DataError, match=r"^task english: debian_handbook is only for tests; give .* `train_data`"):
+            task_examples(task, data, split, 1, 0)
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_shipped_profile_has_text_to_retain(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up = {"libreoffice_help": lambda *_, **__: [Example("a", "b")]}  # the packages are not on every machine
+    monkeypatch.setattr(catalogue, "MAKERS", catalogue.MAKERS | made_up)
+    profile = load_profile(path)
+    assert bool(retained_text(profile)) == (profile.finetune.retention is not None)
 
 
 def test_jsonl_goes_round(tmp_path: Path) -> None:

