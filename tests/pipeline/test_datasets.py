@@ -20,6 +20,7 @@ from act_serve.pipeline.datasets.catalogue import (
     write_examples,
 )
 from act_serve.pipeline.datasets.order_notes import KEYS, PROMPTS, UNSEEN_PLAIN, order_notes
+from act_serve.pipeline.datasets.problem_texts import PROBLEMS, UNSEEN_PROBLEMS
 from act_serve.pipeline.datasets.splits import Split
 from act_serve.pipeline.datasets.word_problems import word_problems
 from act_serve.pipeline.scorers import answer_score
@@ -267,3 +268,41 @@ def test_both_languages_have_the_same_problems() -> None:
     assert all(answer_score("final_number", [fr.answer], [en.answer]) == 1.0 for en, fr in pairs)
     with pytest.raises(DataError, match="not in 'xx'"):
         word_problems("test", 1, 0, language="xx")
+
+
+def _problem_pattern(text: str) -> re.Pattern[str]:
+    """Finds a kind of problem, with its names and numbers as groups, whatever is said before and after it."""
+    pattern = ""
+    for place, part in enumerate(re.split(r"\{(\w+)\}", text)):
+        group = f"(?P={part})" if f"(?P<{part}>" in pattern else rf"(?P<{part}>\w+)"
+        pattern += group if place % 2 else re.escape(part)
+    return re.compile(pattern)
+
+
+KINDS = {
+    language: [_problem_pattern(getattr(kind, language)) for kind in (*PROBLEMS, *UNSEEN_PROBLEMS)]
+    for language in ("en", "fr")
+}
+GOODS = ("goods", "second")
+
+
+def _contents(split: Split, language: str, count: int) -> list[tuple[int, tuple[str, ...]]]:
+    """The kind of each problem, and its names and numbers, which both languages share."""
+    prompts = [example.prompt or "" for example in word_problems(split, count, 0, language=language)]
+    found = [
+        (kind, tuple(matched[group] for group in sorted(matched.groupdict()) if group not in GOODS))
+        for prompt in prompts
+        for kind, pattern in enumerate(KINDS[language])
+        if (matched := pattern.search(prompt))
+    ]
+    assert len(found) == count
+    return found
+
+
+def test_no_word_problem_of_one_split_is_in_another_in_either_language() -> None:
+    seen: set[tuple[int, tuple[str, ...]]] = set()
+    for split, count in (("train", 4000), ("validation", 1000), ("test", 1000)):
+        contents = _contents(split, "en", count)
+        assert contents == _contents(split, "fr", count)
+        assert not seen & set(contents)
+        seen.update(contents)

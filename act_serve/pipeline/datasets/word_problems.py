@@ -37,7 +37,7 @@ class Solution:
 
 
 def word_problems(split: Split, count: int, seed: int, language: str = "en") -> list[Example]:
-    """Returns `count` problems; names and goods of one split never occur in another.
+    """Returns `count` problems; names and goods of one split never occur in another, nor do problems without a name.
 
     A fifth of the validation and test problems are of kinds that training has none of. `language` is en or fr.
     Raises DataError for another one.
@@ -45,7 +45,9 @@ def word_problems(split: Split, count: int, seed: int, language: str = "en") -> 
     if language not in PROMPTS:
         raise DataError(f"word problems are written in {' and '.join(PROMPTS)}, not in {language!r}")
     draw = random.Random(f"{seed}/{split}/word_problems")
-    return [_problem(split, draw, language) for _ in range(count)]
+    # Numbers of another split are drawn again from a stream of their own, so that all other problems stay as they are.
+    again = random.Random(f"{seed}/{split}/word_problems/again")
+    return [_problem(split, draw, again, language) for _ in range(count)]
 
 
 def solve(steps: tuple[str, ...], numbers: dict[str, int]) -> Solution | None:
@@ -73,10 +75,12 @@ def _result(left: int, sign: str, right: int) -> int | None:
     return value if 0 < value <= LARGEST else None
 
 
-def _problem(split: Split, draw: random.Random, language: str) -> Example:
+def _problem(split: Split, draw: random.Random, again: random.Random, language: str) -> Example:
     unseen = split != "train" and draw.random() < 0.2
     problem = draw.choice(UNSEEN_PROBLEMS if unseen else PROBLEMS)
     numbers, solution = _numbers(problem, draw)
+    while not _belongs(problem, solution, split):
+        numbers, solution = _numbers(problem, again)
     name, other = draw.sample(first_names(split), 2)
     # Goods have a stream of their own: both languages then have the same problems.
     thing, second = random.Random(draw.random()).sample(_goods(split, language), 2)
@@ -85,6 +89,11 @@ def _problem(split: Split, draw: random.Random, language: str) -> Example:
     prompt = draw.choice(prompts) if split == "train" else prompts[0]
     answer = " ".join((*solution.steps, MARKERS[language].format(result=solution.result)))
     return Example(prompt.format(text=text), answer)
+
+
+def _belongs(problem: Problem, solution: Solution, split: Split) -> bool:
+    """Whether a problem may be in `split`: by the names in it, or else by its steps, which both languages share."""
+    return "{name}" in problem.en or split_of(" ".join(solution.steps)) == split
 
 
 def _numbers(problem: Problem, draw: random.Random) -> tuple[dict[str, int], Solution]:
