@@ -29,9 +29,17 @@ HIGHER_IS_BETTER = {
 RIVALS = ("ca", "de", "en", "es", "fr", "it", "la", "nl", "pt", "ro")
 LIKELIHOOD_METRICS = frozenset({"nll", "perplexity"})
 Numbers = list[float]
-_NUMBER = re.compile(r"(?:(?<![\w)%])[-−])?(?:\d+(?:\.\d+)?|(?<![\d.])\.\d+)")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_REVISIONS = {"final_number": ["signs, decimals and thousands"]}
+_NUMBER = re.compile(
+    r"(?:(?<![\w)%])[-−])?"
+    r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)(?:\.\d+)?"
+    r"|(?P<decimals>(?<!\d,)(?:[1-9]\d{0,2}(?:\.\d{3})+|\d+),\d+(?!\d|[.,]\d))"
+    r"|\d+(?:\.\d+)?|(?<![\d.])\.\d+)"
+)
+_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL | re.IGNORECASE)
+_REVISIONS = {
+    "exact_match": ["whole answers"],
+    "final_number": ["signs, decimals and thousands", "decimal commas"],
+}
 
 
 def revision(metric: str) -> list[str]:
@@ -60,8 +68,9 @@ def score_of(metric: str, sums_S: Sequence[float]) -> float:
 def answer_numbers(metric: str, given: Sequence[str], wanted: Sequence[str], language: str | None) -> list[Numbers]:
     """Each generated answer's numbers for `metric`, one of those that need answers.
 
-    `exact_match`: share of answers equal to the wanted ones, as parsed JSON where the wanted one is JSON, else as
-    text. `json_fields`: share of the wanted objects' fields that the answers have with the same value.
+    `exact_match`: share of answers equal to the wanted ones, as parsed JSON where the wanted one is a JSON object or
+    list, else as text; with a code fence around the JSON or without, but nothing else. `json_fields`: share of the
+    wanted objects' fields that the answers have with the same value, whatever is said around the first object.
     `final_number`: share of answers whose last number equals the wanted one's last. `chrf`: corpus chrF (character
     n-grams up to 6, beta 2), 0 to 100, by sacrebleu. `language_share`: share of answers that lingua takes for
     `language` (ISO 639-1), among it and the languages of `RIVALS`.
@@ -115,11 +124,13 @@ def _is_object(text: str) -> bool:
 
 
 def _equal(given: str, wanted: str) -> list[bool]:
-    return [_parsed(given) == _parsed(wanted)]
+    asked = _whole_json(wanted)
+    same_text = given.strip() == wanted.strip()
+    return [same_text or (asked is not None and _whole_json(given) == asked)]
 
 
 def _fields(given: str, wanted: str) -> list[bool]:
-    answer = _parsed(given)
+    answer = _first_object(given)
     has = answer if isinstance(answer, dict) else {}
     return [key in has and has[key] == value for key, value in json.loads(wanted).items()]
 
@@ -158,17 +169,31 @@ def _identifier(language: str) -> Callable[[str], str | None]:
 
 
 def _last_number(text: str) -> Decimal | None:
-    """The last of `12`, `1,234`, `-3.5`; in `10-12` the hyphen is no sign, and a full stop ends a sentence."""
-    found = _NUMBER.findall(_THOUSANDS.sub("", text))
-    return Decimal(found[-1].replace("−", "-")) if found else None
+    """The last of `12`, `1,234`, `-3.5`, `2,5`; in `10-12` the hyphen is no sign, and a full stop ends a sentence.
+
+    A comma is one of decimals unless it parts thousands, as in `1,250`, or items, as in `1,2,3`.
+    """
+    found = list(_NUMBER.finditer(text))
+    if not found:
+        return None
+    number = found[-1][0].replace("−", "-")
+    return Decimal(number.replace(".", "").replace(",", ".") if found[-1]["decimals"] else number.replace(",", ""))
 
 
-def _parsed(text: str) -> Any:
-    """The first JSON object in `text`, so that chatter around it does no harm; the bare text where there is none."""
+def _first_object(text: str) -> Any:
+    """The first JSON object in `text`, so that chatter around it does no harm; None where there is none."""
     start = text.find("{")
-    if start >= 0:
-        try:
-            return json.JSONDecoder().raw_decode(text[start:])[0]
-        except ValueError:
-            pass
-    return text.strip()
+    try:
+        return json.JSONDecoder().raw_decode(text[start:])[0] if start >= 0 else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _whole_json(text: str) -> Any:
+    """The JSON object or list that the whole `text` is, or the whole of a code fence; None where it is neither."""
+    fenced = _FENCED.fullmatch(text.strip())
+    try:
+        found = json.loads(fenced[1] if fenced else text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, (dict, list)) else None

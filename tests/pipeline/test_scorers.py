@@ -12,15 +12,38 @@ WANTED = ['{"buyer": "Ann", "qty": 3}', '{"buyer": "Bob", "qty": 4}']
 
 
 def test_exact_match_reads_json() -> None:
-    given = ['Sure: {"qty": 3, "buyer": "Ann"} there', '{"buyer": "Bob", "qty": "4"}']
+    given = ['{"qty": 3, "buyer": "Ann"}\n', '{"buyer": "Bob", "qty": "4"}']
     assert answer_score("exact_match", given, WANTED) == 0.5
     assert answer_score("exact_match", [" yes\n", "no"], ["yes", "No"]) == 0.5
     assert answer_score("exact_match", ["{broken", "[]"], WANTED) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted", "right"),
+    [
+        ("y = {}", "x = {}", False),
+        ('No: {"a": 1} oh', 'Set the file to {"a": 1} and restart.', False),
+        ('Sure: {"buyer": "Ann", "qty": 3} there', WANTED[0], False),
+        (f"{WANTED[0]} {WANTED[1]}", WANTED[0], False),
+        (f"```json\n{WANTED[0]}\n```", '{"qty":3,"buyer":"Ann"}', True),
+        (f"```\n{WANTED[0]}```", WANTED[0], True),
+        (f"Here it is:\n```json\n{WANTED[0]}\n```", WANTED[0], False),
+        ("[1,2]", "[1, 2]", True),
+        ("{}", "[]", False),
+        ("none", "{}", False),
+        ("1.0", "1", False),
+        ("true", "1", False),
+        ("[" * 100_000, "[]", False),
+    ],
+)
+def test_exact_match_is_of_whole_answers(given: str, wanted: str, right: bool) -> None:
+    assert answer_score("exact_match", [given], [wanted]) == float(right)
+
+
 def test_json_fields_counts_fields() -> None:
     assert answer_score("json_fields", ['{"buyer": "Ann", "qty": 9}', "nothing"], WANTED) == 0.25
     assert answer_score("json_fields", ["[1]", "3"], WANTED) == 0.0
+    assert answer_score("json_fields", [f"Sure: {WANTED[0]} there", "{broken"], WANTED) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -38,7 +61,19 @@ def test_json_fields_counts_fields() -> None:
         ("It costs 1,234.5.", "1234.5", True),
         ("It costs 1,234.5", "5", False),
         ("0.5", ".5", True),
-        ("one of 1,2", "2", True),
+        ("one of 1, 2", "2", True),
+        ("one of 1,2,3", "3", True),
+        ("Réponse : 2,5", "3,5", False),
+        ("Réponse : 2,5.", "2.5", True),
+        ("-12,50 euros", "-12.5", True),
+        ("0,250", "0.25", True),
+        ("1,250", "1250", True),
+        ("1,250.", "1.25", False),
+        ("12,345,678.9", "12345678.9", True),
+        ("1234,567", "1234.567", True),
+        ("1.234,5", "1234.5", True),
+        ("1.2,3", "3", True),
+        ("1,250,5", "5", True),
         ("1,234,567", "1234567", True),
         ("1.000", "0", False),
         ("1.000", "1", True),
