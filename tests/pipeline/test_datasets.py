@@ -222,12 +222,34 @@ def test_every_shipped_profile_has_text_to_retain(path: Path, monkeypatch: pytes
 
 
 def test_jsonl_goes_round(tmp_path: Path) -> None:
-    examples = [Example("é?", "oui"), Example(None, "plain text")]
+    ends = "\u2028 \u2029 \x85 \x0b \r\n end"  # what str.splitlines takes for ends of lines
+    examples = [Example("é?", "oui"), Example(None, "plain text"), Example(f"a{ends}", f"b{ends}", (f"b{ends}", "c"))]
     write_examples(tmp_path / "a.jsonl", examples)
     assert read_examples(tmp_path / "a.jsonl") == examples
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "x"}', "3", '{"text": " "}'])
+def test_jsonl_with_the_ends_of_lines_of_other_systems(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\r\n\r\n{"prompt": 1.5, "answer": 2, "choices": [2, 3]}')
+    assert read_examples(tmp_path / "a.jsonl") == [Example(None, "one"), Example("1.5", "2", ("2", "3"))]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"prompt": "x"}',
+        "3",
+        '{"text": " "}',
+        '{"text": null}',
+        '{"prompt": null, "answer": "x"}',
+        '{"prompt": "x", "answer": null}',
+        '{"prompt": "x", "answer": {"a": 1}}',
+        '{"prompt": "x", "answer": true}',
+        '{"prompt": "x", "answer": "b", "choices": "abc"}',
+        '{"prompt": "x", "answer": "b", "choices": ["b", null]}',
+    ],
+)
 def test_bad_line_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl:2"):

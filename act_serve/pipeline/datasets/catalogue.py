@@ -58,10 +58,12 @@ def task_examples(task: Task, data: Data, split: Split, count: int, seed: int) -
 def read_examples(path: Path) -> list[Example]:
     """Reads a JSONL file of `{"prompt", "answer"}` or `{"text"}` objects; raises DataError with the line.
 
-    Beside prompt and answer there may be `choices`, a list that has the answer in it.
+    Values are text, or numbers, which are read as text. Beside prompt and answer there may be `choices`, a list that
+    has the answer in it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # JSON text may hold what str.splitlines takes for ends of lines, such as U+2028; reading made them all \n.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         raise DataError(f"{path}: can't be read ({exc})") from exc
     return [_example(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -133,12 +135,27 @@ def _example(path: Path, number: int, line: str) -> Example:
     try:
         content = json.loads(line)
         if "text" in content:
-            if not str(content["text"]).strip():
+            text = _text("text", content["text"])
+            if not text.strip():
                 raise ValueError("the text is empty")
-            return Example(None, str(content["text"]))
-        choices = tuple(map(str, content.get("choices", ())))
-        if choices and str(content["answer"]) not in choices:
+            return Example(None, text)
+        prompt, answer = (_text(key, content[key]) for key in ("prompt", "answer"))
+        choices = _choices(content.get("choices", []))
+        if choices and answer not in choices:
             raise ValueError("the answer is none of the choices")
-        return Example(str(content["prompt"]), str(content["answer"]), choices)
+        return Example(prompt, answer, choices)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise DataError(f'{path}:{number}: expected {{"prompt", "answer"}} or {{"text"}}: {exc!r}') from exc
+
+
+def _choices(found: Any) -> tuple[str, ...]:
+    if not isinstance(found, list):
+        raise ValueError(f"`choices` is {json.dumps(found)} and no list")
+    return tuple(_text("choices", each) for each in found)
+
+
+def _text(key: str, found: Any) -> str:
+    """Text as it is, and numbers as Python writes them; its words for null, true and objects would be nobody's text."""
+    if isinstance(found, bool) or not isinstance(found, (str, int, float)):
+        raise ValueError(f"`{key}` has {json.dumps(found)}, which is neither text nor a number")
+    return str(found)
