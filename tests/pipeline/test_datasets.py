@@ -272,6 +272,13 @@ def test_unknown_maker_option_and_empty_data(tmp_path: Path) -> None:
         task_examples(task, task.data, "validation", 1, 0)
 
 
+def test_of_files_the_first_lines_are_taken(tmp_path: Path) -> None:
+    lines = [Example(None, f"line {number}") for number in range(9)]
+    write_examples(tmp_path / "a.jsonl", lines)
+    data = Data(test=str(tmp_path / "a.jsonl"))
+    assert load_examples(data, "test", 4, 0) == load_examples(data, "test", 4, 1) == lines[:4]
+
+
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_every_word_problem_is_solved_by_its_steps(split: Split) -> None:
     for language, marker in (("en", "Answer:"), ("fr", "Réponse :")):

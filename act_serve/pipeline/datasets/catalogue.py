@@ -35,7 +35,7 @@ OPTIONS = {
 
 
 def load_examples(data: Data, split: Split, count: int, seed: int) -> list[Example]:
-    """Returns up to `count` examples of one split.
+    """Returns up to `count` examples of one split: of files the first lines, whatever the seed; makers draw by it.
 
     Raises DataError when the data is missing or malformed, or when nothing is left.
     """
