@@ -115,7 +115,7 @@ def help_folder(root: Path, pages: int) -> None:
 def help_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     help_folder(tmp_path, 80)
     monkeypatch.setenv(debian_package.FOLDER_VARIABLE, str(tmp_path))
-    caches = (libreoffice_help._pairs, libreoffice_help._explanations)
+    caches = (libreoffice_help._pairs, libreoffice_help._explanations, libreoffice_help._later_explanations)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -146,6 +146,31 @@ def test_lessons_from_and_in_the_language_share_no_text_with_tests() -> None:
     assert all("fenêtre" in (example.prompt or "") for example in told)
     for example in (*back, *told):
         assert not any(text in f"{example.prompt} {example.answer}" for text in held_out)
+
+
+@pytest.mark.usefixtures("help_pages")
+def test_a_paragraph_below_headings_of_several_splits_is_explained_in_the_last_one_alone(tmp_path: Path) -> None:
+    def answers(split: Split) -> set[str]:
+        return {example.answer for example in lessons(split, "explain")}
+
+    before = {split: answers(split) for split in get_args(Split)}
+    shared = "Ce paragraphe se trouve dans beaucoup de pages."
+    for page in (tmp_path / libreoffice_help.HELP / "fr" / "text").iterdir():
+        heading = f'<h2 id="hd_id3">Plus sur {page.stem}</h2><p id="par_id4">{shared}</p></body>'
+        page.write_text(page.read_text(encoding="utf-8").replace("</body>", heading), encoding="utf-8")
+    libreoffice_help._explanations.cache_clear()
+    libreoffice_help._later_explanations.cache_clear()
+    assert {split: answers(split) for split in get_args(Split)} == before | {"test": before["test"] | {shared}}
+
+
+def test_paragraphs_that_topics_of_python_share_are_in_one_split() -> None:
+    seen: set[Example] = set()
+    for split in ("test", "validation", "train"):
+        found = english_prose.python_reference(split, 10_000, 0)
+        assert found
+        assert not seen & set(found)
+        assert english_prose.python_reference(split, 3, 0) == found[:3]
+        seen.update(found)
 
 
 @pytest.mark.usefixtures("help_pages")

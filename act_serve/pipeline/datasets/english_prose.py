@@ -11,19 +11,29 @@ from collections.abc import Iterable
 
 from act_serve.models.examples import Example
 from act_serve.pipeline.datasets.debian_package import unpacked_package
-from act_serve.pipeline.datasets.splits import Split, drawn, split_of
+from act_serve.pipeline.datasets.splits import LATER, Split, drawn, split_of
 
 HANDBOOK = "usr/share/doc/debian-handbook/html/en-US"
 
 
 def python_reference(split: Split, count: int, seed: int) -> list[Example]:
-    """Returns up to `count` paragraphs of the Python language reference; topics are split, not paragraphs."""
+    """Returns up to `count` paragraphs of the Python language reference.
+
+    Topics are split, not paragraphs; of those that topics share, validation has none that the test has, and training
+    none that either has.
+    """
+    held_out = {text for later in LATER[split] for text in _topics(later)}
+    found = _topics(split)
+    random.Random(f"{seed}/{split}/python_reference").shuffle(found)
+    # Left out after the draw, so that what is held out changes nothing for the others.
+    return [Example(None, text) for text in found if text not in held_out][:count]
+
+
+def _topics(split: Split) -> list[str]:
     from pydoc_data.topics import topics
 
     chosen = [text for name, text in sorted(topics.items()) if split_of(name) == split]
-    found = _prose(paragraph for text in chosen for paragraph in text.split("\n\n"))
-    random.Random(f"{seed}/{split}/python_reference").shuffle(found)
-    return [Example(None, text) for text in found[:count]]
+    return _prose(paragraph for text in chosen for paragraph in text.split("\n\n"))
 
 
 def debian_handbook(split: Split, count: int, seed: int) -> list[Example]:

@@ -1,7 +1,7 @@
 """Parallel sentences from LibreOffice's help, which every language ships with the same paragraph ids.
 
 Source: the Debian packages `libreoffice-help-<language>`, licence MPL-2.0. Files, not paragraphs, are split into
-train, validation and test, and whatever text a test file shares with another file is kept out of the others.
+train, validation and test, and whatever text but headings a test file shares with another is kept out of the others.
 """
 
 import random
@@ -9,14 +9,14 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
 from act_serve.errors import DataError
 from act_serve.models.examples import Example
 from act_serve.pipeline.datasets.debian_package import unpacked_package
-from act_serve.pipeline.datasets.splits import Split, split_of
+from act_serve.pipeline.datasets.splits import LATER, Split, split_of
 
 HELP = "usr/share/libreoffice/help"
 LANGUAGE_NAMES = {"fr": "French", "de": "German", "es": "Spanish"}
@@ -84,17 +84,28 @@ def language_lessons(
     if not lessons or not isinstance(lessons, (list, tuple)) or any(each not in get_args(Lesson) for each in lessons):
         raise DataError(f"`lessons` is {lessons!r}; expected a list of some of {', '.join(get_args(Lesson))}")
     share = -(-count // len(lessons))
-    found = []
+    found: list[Example] = []
     for number, lesson in enumerate(lessons):
         texts = list(_texts(lesson, language)[split])
         draw = random.Random(f"{seed}/{split}/{language}{f'/{number}' if number else ''}")
         draw.shuffle(texts)
         # One fixed wording in tests: a score then compares models, not wordings.
         prompts = _prompts(lesson, language) if split == "train" else _prompts(lesson, language)[:1]
-        found += [Example(draw.choice(prompts).format(text=asked), answer) for asked, answer in texts[:share]]
+        held_out = _later_explanations(split, language) if lesson == "explain" else frozenset()
+        found += islice(_examples(texts, prompts, draw, held_out), share)
     if len(lessons) > 1:
         draw.shuffle(found)
     return found[:count]
+
+
+def _examples(
+    texts: list[tuple[str, str]], prompts: list[str], draw: random.Random, held_out: frozenset[str]
+) -> Iterator[Example]:
+    """An example of each text in a drawn wording; held-out answers take their turn in the draw, and are left out."""
+    for asked, answer in texts:
+        example = Example(draw.choice(prompts).format(text=asked), answer)
+        if answer.lower() not in held_out:
+            yield example
 
 
 def _prompts(lesson: Lesson, language: str) -> list[str]:
@@ -113,9 +124,9 @@ def _texts(lesson: Lesson, language: str) -> dict[str, list[tuple[str, str]]]:
 
 @lru_cache(maxsize=4)
 def _explanations(language: str) -> dict[str, list[tuple[str, str]]]:
-    """Headings and the paragraphs below them, without a text that a test or validation pair has."""
+    """Headings and the paragraphs below them, without a text that a pair of a later split has."""
     root, pairs = _pages(language), _pairs(language)
-    held_out = {other for split in ("test", "validation") for _, other in pairs[split]}
+    held_out = {split: {other for later in LATER[split] for _, other in pairs[later]} for split in LATER}
     found: dict[str, dict[tuple[str, str], None]] = {"test": {}, "validation": {}, "train": {}}
     for path in sorted((root / "text").rglob("*.html")):
         split = split_of(str(path.relative_to(root)))
@@ -123,9 +134,15 @@ def _explanations(language: str) -> dict[str, list[tuple[str, str]]]:
             text = _clean(heading), _clean(paragraph)
             explains = identity.startswith("hd_id") and below.startswith("par_id")
             fits = 2 <= len(text[0].split()) <= 12 and 6 <= len(text[1].split()) <= 40
-            if explains and fits and (split != "train" or not held_out & set(text)):
+            if explains and fits and not held_out[split] & set(text):
                 found[split][text] = None
     return {split: list(texts) for split, texts in found.items()}
+
+
+@lru_cache(maxsize=12)
+def _later_explanations(split: Split, language: str) -> frozenset[str]:
+    """The paragraphs of later splits, in lower case; not their headings, which many pages share."""
+    return frozenset(text.lower() for later in LATER[split] for _, text in _explanations(language)[later])
 
 
 @lru_cache(maxsize=4)

@@ -9,6 +9,8 @@ from act_serve.errors import DataError
 from act_serve.models.examples import Example
 
 Split = Literal["train", "validation", "test"]
+# The splits that come after each, whose texts it must not have.
+LATER: dict[Split, tuple[Split, ...]] = {"train": ("validation", "test"), "validation": ("test",), "test": ()}
 
 
 def split_of(key: str) -> Split:
