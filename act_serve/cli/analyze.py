@@ -70,8 +70,8 @@ def analyze(
     check_writable(out)
     console, builds = Console(), work or cache_home() / "builds"
     with ExitStack() as stack:
-        for profile in loaded:
-            stack.enter_context(alone_in(builds / profile.name, console.print))
+        for name in sorted({profile.name for profile in loaded}):  # in one order, so that no two wait for each other
+            stack.enter_context(alone_in(builds / name, lambda said: console.print(escape(said))))
         subjects = open_subjects(loaded, builds, Screen(console))
         found = run(subjects, options)
         page = write_report(found, subjects, out)

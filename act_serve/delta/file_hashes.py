@@ -14,6 +14,7 @@ from act_serve.home import cache_home
 
 _CHUNK_BYTES = 1 << 20
 _COARSEST_TIME_NS = 2_000_000_000
+_hashed: dict[tuple[int, ...], str] = {}  # by this process, which may have nowhere to note it
 
 
 def file_state(file: int) -> tuple[int, ...]:
@@ -32,13 +33,14 @@ def file_sha256(path: Path) -> str:
     with path.open("rb", buffering=0) as file:
         state = file_state(file.fileno())
         note = _note(path, state)
-        if known := _noted(note, state):
+        if known := _hashed.get(state) or _noted(note, state):
             return known
         settled = is_settled(state)  # before it is read: a change in the meantime has another time only then
         digest = hashlib.sha256()
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
         if settled and file_state(file.fileno()) == state:
+            _hashed[state] = digest.hexdigest()
             _keep(note, state, digest.hexdigest())
     return digest.hexdigest()
 

@@ -125,12 +125,12 @@ class CompositionRegistry:
         Those that are pinned already stay before new ones.
 
         What cannot be loaded is logged, and left to the requests for it, which say what is wrong; where it is the store
-        or the engine that failed, it is tried again at the next look.
+        that failed, it is tried again at the next look.
         """
         try:
             wanted = await asyncio.to_thread(self._active_pinned)
         except Exception as exc:
-            self._complain("Pinned abilities are", exc)
+            self._complain("the state", exc)
             return
         if wanted != self._pinned_before:
             self._pinned_before, self._left_out = wanted, set()
@@ -141,11 +141,12 @@ class CompositionRegistry:
                     async with self.hold(f"{next(iter(self._base_names))}:{key}"):
                         logger.info("Loaded pinned ability %s ahead of requests", key)
             except Exception as exc:
-                if not isinstance(exc, StoreError | EngineError):
+                if not isinstance(exc, StoreError):  # each try would take the room of others again
                     self._left_out.add(key)
-                self._complain(f"Pinned ability {key} is", exc)
+                self._complain(str(key), exc)
             if self.seats.ready([key]):  # also what a request has loaded since
                 self._staying.add(key)
+                self._complaints.pop(str(key), None)
 
     async def keep_pinned(self) -> None:
         """Loads what is pinned, or activated of what is pinned, from now on; until it is cancelled."""
@@ -155,21 +156,30 @@ class CompositionRegistry:
 
     def _active_pinned(self) -> set[AbilityKey]:
         store, found = self._admission.store, set()
-        for name, state in store.state().abilities.items():
+        abilities = store.state().abilities
+        self._complaints.pop("the state", None)
+        for name, state in abilities.items():
             try:
                 if state.pinned and store.versions(name):
                     manifest = store.manifest(name)
                     found.add(AbilityKey(manifest.name, manifest.version, manifest.digest))
-            except ActServeError as exc:  # which the others have no part in
-                self._complain(f"Pinned ability {name} is", exc)
+                    self._complaints.pop(name, None)
+            except ActServeError as exc:  # which the others have no part in; what is resident stays
+                found |= {key for key in self._pinned_before if key.name == name}
+                self._complain(name, exc)
         return found
 
     def _complain(self, what: str, exc: Exception) -> None:
-        """Logs why something is not loaded ahead, once and not at every look."""
+        """Logs why something is not loaded ahead, once and not at every look, until it is."""
         if self._complaints.get(what) != str(exc):
             self._complaints[what] = str(exc)
             expected = isinstance(exc, ActServeError)
-            logger.warning("%s not loaded ahead: %s", what, exc if expected else repr(exc), exc_info=not expected)
+            logger.warning(
+                "Of what is pinned, %s is not loaded ahead: %s",
+                what,
+                exc if expected else repr(exc),
+                exc_info=not expected,
+            )
 
     async def _admitted(self, model: str) -> _Known:
         known = self._known.get(model) or self._known.setdefault(model, await self._admit(model))

@@ -122,6 +122,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except ImportError:
+        raise
     except Exception as exc:  # the library below, in Rust, raises no kind of its own for a damaged file
         raise ModelError(
             f"{folder} has no usable tokenizer: {exc}; if its files are damaged, download them again"

@@ -1,7 +1,7 @@
 """What a finished delta does, measured: itself beside base, source and transfer alone, and beside its neighbours."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from act_serve.abilities.store import Store
 from act_serve.delta.artifact import as_stored
@@ -10,7 +10,7 @@ from act_serve.pipeline.candidate import Candidate, Origin, scored_rows
 from act_serve.pipeline.conflict import conflict
 from act_serve.pipeline.evaluate import broken
 from act_serve.pipeline.job import Job
-from act_serve.pipeline.kept_gain import Kept, kept_gain, lost_gain
+from act_serve.pipeline.kept_gain import Kept, gain_shows, kept_gain, lost_gain
 from act_serve.pipeline.measure import (
     Scores,
     asked_of,
@@ -49,9 +49,9 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
     scores = manifest_scores(questions, variants)
     job.screen.show_scores(profile.name, scores, intervals["delta"])
     _refuse_costly(job, variants["base"], variants["delta"])
-    kept = _kept(job) if isinstance(origin, Origin) else {}
+    kept, shown = _kept(job) if isinstance(origin, Origin) else ({}, set())
     if curve:
-        _refuse_lost_gain(job, kept, curve.keep)
+        _refuse_lost_gain(job, kept, curve.keep, shown)
     tuned = as_stored(load_deltas(candidate.final.folder), profile.stored)
     others = neighbours(store, job.base, profile.name, job.screen.warn)
     form = f"{job.base_key} {profile.stored} {candidate.final.key}"
@@ -80,15 +80,17 @@ def gather_evidence(candidate: Candidate, origin: Origin | Parent, store: Store,
     return Evidence(scores, details)
 
 
-def _kept(job: Job) -> dict[str, Kept | None]:
-    """The share of the ability model's gain that the delta keeps, by task."""
+def _kept(job: Job) -> tuple[dict[str, Kept | None], set[str]]:
+    """The share of the ability model's gain that the delta keeps, by task, and the tasks that show a gain at all."""
     base, source, delta = (load_results(job.work / f"evaluate-{variant}") for variant in ("base", "source", "delta"))
-    return {task.name: kept_gain(*(each[task.name] for each in (base, source, delta))) for task in job.profile.score}
+    names = [task.name for task in job.profile.score]
+    kept = {name: kept_gain(base[name], source[name], delta[name]) for name in names}
+    return kept, {name for name in names if gain_shows(base[name], source[name])}
 
 
-def _refuse_lost_gain(job: Job, kept: Mapping[str, Kept | None], wanted: float) -> None:
+def _refuse_lost_gain(job: Job, kept: Mapping[str, Kept | None], wanted: float, shown: Collection[str]) -> None:
     """The search saw validation data alone; here are the test examples. Warns where these can't tell."""
-    missed, by_chance = lost_gain(kept, wanted)
+    missed, by_chance = lost_gain(kept, wanted, shown)
     said = f"of the source's gain on the test examples, where {wanted:.0%} was asked for: {'; '.join(missed)}"
     if not by_chance:
         raise GainError(
@@ -96,7 +98,7 @@ def _refuse_lost_gain(job: Job, kept: Mapping[str, Kept | None], wanted: float) 
             "more steps, search on more items, or ask for less (--keep)."
         )
     if missed:
-        job.screen.warn(f"less is kept {said}; its interval reaches what was asked for")
+        job.screen.warn(f"less is kept {said}; chance may explain that")
     if not any(kept.values()):
         job.screen.warn(
             "the source model is no better than the base on any task's test examples, only on validation data"

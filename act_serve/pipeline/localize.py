@@ -22,8 +22,8 @@ def localize(
     """Returns the chosen rows, ascending int32 `[K]` per module name; modules without any are left out.
 
     `scores` holds `[O]` per module, as the ranking's `score` gives it; a random ranking ignores it. Channels of score
-    0, in which the ability model does not differ, are not chosen, however large the budget. Raises BuildError when the
-    budget is too small for a single row.
+    0 are not chosen, however large the budget: by weights, these do not differ. Raises BuildError when the budget is
+    too small for a single row.
     """
     if settings.ranking == "random":
         scores = draw_scores(modules, seed)

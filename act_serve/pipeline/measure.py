@@ -13,7 +13,7 @@ from act_serve.models.row_delta import RowDeltas
 from act_serve.pipeline.datasets.catalogue import examples_hash, task_examples
 from act_serve.pipeline.evaluate import Question, evaluate
 from act_serve.pipeline.measured import Interval, Measured
-from act_serve.pipeline.scorers import HIGHER_IS_BETTER, revision
+from act_serve.pipeline.scorers import HIGHER_IS_BETTER, LIKELIHOOD_METRICS, revision
 from act_serve.profile.schema import Profile, RetainedTask
 
 Deltas = Mapping[str, ModuleDelta]
@@ -44,8 +44,12 @@ def examples_of(questions: Sequence[Question]) -> dict[str, str]:
 
 
 def asked_of(questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
-    """What else a score of each task depends on, for evaluation.json."""
-    return {each.task.name: each.task.model_dump(include={"max_new_tokens", "language"}) for each in questions}
+    """What else the score of each task depends on that is of answers, for evaluation.json."""
+    return {
+        each.task.name: each.task.model_dump(include={"max_new_tokens", "language"})
+        for each in questions
+        if each.task.metric not in LIKELIHOOD_METRICS
+    }
 
 
 def measure(model: Path, deltas: Sequence[Deltas], questions: Sequence[Question]) -> Scores:

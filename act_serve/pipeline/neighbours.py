@@ -1,6 +1,7 @@
 """The other abilities of a store that fit the same base: measured beside an ability, and its company in training."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def neighbours(store: Store, base: Path, without: str, left_out: Callable[[str],
     One that can't be read is no reason to lose a build: `left_out` is told which, and why.
     """
     found = []
-    for name, manifest in _fitting(store, base).items():
+    for name, manifest in _fitting(store, base, left_out).items():
         if name != without:
             try:
                 found.append(_read(store, manifest))
@@ -60,8 +61,8 @@ def neighbour_labels(store: Store, base: Path, without: str) -> list[str]:
 def company(profile: Profile, store: Store, base: Path) -> tuple[Companion, ...]:
     """The compositions that `finetune.company` names.
 
-    Raises BuildError when one cannot be read, names no ability, or names one that the store lacks, and
-    BaseMismatchError when it names a version that was built for another base.
+    Raises BuildError when one cannot be read, names no ability, or names one that the store lacks, BaseMismatchError
+    when it names a version that was built for another base, and ArtifactDamagedError when it names a damaged one.
     """
     there = _fitting(store, base) if profile.finetune.company else {}
     return tuple(_companion(text, profile.name, store, base, there) for text in profile.finetune.company)
@@ -74,6 +75,10 @@ def _companion(text: str, trained: str, store: Store, base: Path, there: Mapping
         raise BuildError(f"finetune.company: {exc}") from exc
     if not wanted:
         raise BuildError(f"finetune.company: {text!r} names no ability; steps on the base alone are taken anyway")
+    for ability in wanted:
+        if ability.name not in there:
+            with suppress(UnknownAbilityError):
+                store.manifest(ability.name)  # which says so where it is damaged
     missing = [
         ability.name if ability.version is None else f"{ability.name}@{ability.version}"
         for ability in wanted
@@ -93,13 +98,16 @@ def _companion(text: str, trained: str, store: Store, base: Path, there: Mapping
     return Companion(key, compose(list(zip(artifacts, weights, strict=True)), base))
 
 
-def _fitting(store: Store, base: Path) -> dict[str, Manifest]:
-    """The manifests of what requests get, by name; without those that can't be read."""
+def _fitting(store: Store, base: Path, left_out: Callable[[str], None] = lambda _: None) -> dict[str, Manifest]:
+    """The manifests of what requests get, by name; without those that can't be read, which `left_out` is told."""
     fingerprint, found = fingerprint_model(base), {}
     for name in store.names():
         try:
             manifest = store.manifest(name)
-        except (ArtifactDamagedError, UnknownAbilityError):
+        except UnknownAbilityError:  # all of its versions are removed
+            continue
+        except (ArtifactDamagedError, StoreError) as exc:
+            left_out(f"nothing is measured beside {name}: {exc}")
             continue
         if manifest.base_fingerprint == fingerprint:
             found[name] = manifest

@@ -63,7 +63,7 @@ class Parent:
             for score in self.manifests[0].scores
             if score.metric == metrics.get(score.task)
             and before.get(score.task) == now[score.task]
-            and asked_before.get(score.task) in (None, asked[score.task])
+            and asked_before.get(score.task) in (None, asked.get(score.task))
         ]
         return {
             "source": {score.task: score.source for score in same if score.source is not None},

@@ -25,7 +25,8 @@ def alone_in(work: Path, note: Callable[[str], None]) -> Iterator[None]:
     Of several processes that build together, the first one holds the lock for all. `note` says that it waits. Raises
     BuildError when the other one goes on for two minutes.
     """
-    lock = FileLock(work / LOCK)
+    # Its own stand-in where a disk has no locks is a file that a killed build would leave, and that nobody removes.
+    lock = FileLock(work / LOCK, fallback_to_soft=False)
     try:
         if is_first() and _taken(lock, work, note):
             clear_leftovers(work)

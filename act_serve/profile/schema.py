@@ -175,8 +175,8 @@ class FineTune(_Section):
 
     `company` names compositions of stored abilities, as requests do: `fr`, `fr@2`, `extract+fr*0.5`. Steps take turns:
     the rows alone, then on top of each of these, which stay as they are; so the ability learns to work composed with
-    them. Retention then holds to the base with the company. An ability without a version is the
-    one that requests get.
+    them. Retention then holds to the base with the company. An ability without a version is the one
+    that requests get.
     """
 
     steps: int = Field(default=100, ge=0)

@@ -21,7 +21,7 @@ from act_serve.abilities.changes import activate, pin
 from act_serve.abilities.store import Store
 from act_serve.delta.fingerprint import fingerprint_model
 from act_serve.delta.fit import ModuleShape
-from act_serve.delta.manifest import MANIFEST_FILE, TENSORS_FILE
+from act_serve.delta.manifest import MANIFEST_FILE, TENSORS_FILE, Manifest
 from act_serve.engine.ability_key import AbilityKey
 from act_serve.engine.admission import Admission
 from act_serve.engine.layers import DeltaLayer
@@ -31,7 +31,7 @@ from act_serve.engine.registry import CompositionRegistry
 from act_serve.engine.residents import ResidentAbilities
 from act_serve.engine.resolver import adapter_request
 from act_serve.engine.worker import AbilityWorker
-from act_serve.errors import ArtifactDamagedError, EngineError, StoreError, UnknownAbilityError
+from act_serve.errors import ArtifactDamagedError, EngineError, RequestError, StoreError, UnknownAbilityError
 from act_serve.kernels.reference import add_rows_reference
 from tests.abilities_for_tests import linear_shapes, pinned, publish_random
 
@@ -364,6 +364,28 @@ async def test_one_pinned_ability_that_is_wrong_keeps_no_other_out(
     engine, registry = start()
     await registry.load_pinned()
     assert engine.resident == {"r1"}
+
+
+async def test_what_is_pinned_stays_while_the_store_can_not_be_read(
+    start: Started, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("r0", "r1"):
+        pin(store, name, True)
+    engine, registry = start()
+    await registry.load_pinned()
+    manifest = Store.manifest
+
+    def failing(self: Store, name: str, version: int | None = None) -> Manifest:
+        if name == "r0":
+            raise StoreError("away for a moment")
+        return manifest(self, name, version)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "manifest", failing)
+        await registry.load_pinned()
+    with pytest.raises(RequestError, match="for 2 pinned ones"):
+        await ask(registry, store, "r2")
+    assert engine.resident == {"r0", "r1"}
 
 
 async def test_a_pinned_ability_is_tried_again_where_the_store_failed(

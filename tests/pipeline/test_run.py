@@ -20,6 +20,7 @@ from act_serve.abilities.store import Store
 from act_serve.delta.artifact import read_artifact
 from act_serve.delta.channels import OUTSIDE, kind_of
 from act_serve.errors import (
+    ArtifactDamagedError,
     BuildError,
     DataError,
     PairMismatchError,
@@ -280,6 +281,11 @@ def test_neighbours_are_those_that_requests_get(tmp_path: Path, pair: dict[str, 
     artifact, said = build(tmp_path, profile_file(tmp_path))
     assert json.loads((artifact / "evaluation.json").read_text())["composed_with"].keys() == {"first@2"}
     assert "warning: nothing is measured beside third@1" in " ".join(said.split())
+    (store.path("third", 1) / "ability.json").write_text("{")
+    _, said = build(tmp_path, profile_file(tmp_path))
+    assert "warning: nothing is measured beside third: " in " ".join(said.split())
+    with pytest.raises(ArtifactDamagedError, match="third@1"):
+        build(tmp_path, profile_file(tmp_path, finetune={"steps": 1, "company": ["third"]}))
     with pytest.raises(BuildError, match="names second, which"):
         build(tmp_path, profile_file(tmp_path, finetune={"steps": 1, "company": ["second"]}))
 
@@ -477,10 +483,12 @@ def test_a_published_ability_is_trained_further_without_its_model(tmp_path: Path
     again, said = build(tmp_path, path)
     assert again.name == "3"
     assert said.count("kept from an earlier run") == said.count("✓")
+    content["score"][1] |= {"items": 4, "max_new_tokens": 7}
     content["score"][0]["max_new_tokens"] = 7
     path.write_text(yaml.safe_dump(content))
     scores = {score.task: score for score in read_artifact(build(tmp_path, path)[0])[0].scores}
-    assert scores["demo_nll"].source is None, "it was asked otherwise"
+    assert scores["demo_exact"].source is None, "it was asked otherwise"
+    assert scores["demo_nll"].source is not None, "a likelihood is asked in one way only"
 
 
 def test_the_mean_of_versions_is_published_without_training(tmp_path: Path, pair: dict[str, list[int]]) -> None:

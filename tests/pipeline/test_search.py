@@ -21,7 +21,7 @@ from act_serve.models.loading import load_model, load_tokenizer
 from act_serve.pipeline.datasets.catalogue import load_examples, write_examples
 from act_serve.pipeline.datasets.splits import split_of
 from act_serve.pipeline.finetune import Lessons, finetune
-from act_serve.pipeline.kept_gain import kept_gain, lost_gain
+from act_serve.pipeline.kept_gain import gain_shows, kept_gain, lost_gain
 from act_serve.pipeline.measured import Measured
 from act_serve.pipeline.plan import make_plan
 from act_serve.pipeline.progress import Screen
@@ -183,6 +183,15 @@ def test_the_share_kept_on_the_test_examples_is_published(folder: Path) -> None:
     assert low <= share["value"] <= high
 
 
+def test_a_share_of_a_gain_that_the_examples_do_not_show_says_nothing() -> None:
+    base, source = (Measured("exact_match", [[1, 1]] * right + [[0, 1]] * (100 - right)) for right in (50, 52))
+    kept = kept_gain(base, source, base)
+    assert kept is not None
+    assert kept[0] == 0
+    assert not gain_shows(base, source)
+    assert lost_gain({"demo": kept}, 0.95, set())[1]
+
+
 @pytest.mark.parametrize(
     ("deltas", "wanted", "missed", "by_chance"),
     [
@@ -198,7 +207,8 @@ def test_chance_is_told_from_what_is_missing(deltas: list[float], wanted: float,
     )
     kept = {"demo": kept_gain(base, source, delta), "no gain": kept_gain(source, base, delta)}
     assert kept["no gain"] is None
-    said, chance = lost_gain(kept, wanted)
+    assert gain_shows(base, source)
+    said, chance = lost_gain(kept, wanted, {"demo"})
     assert (bool(said), chance) == (missed, by_chance)
 
 

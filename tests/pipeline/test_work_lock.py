@@ -1,5 +1,6 @@
 """One build at a time in a folder; what killed ones left goes, and what a living one or another machine has stays."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -98,11 +99,12 @@ def test_a_disk_without_locks_is_said_and_nothing_is_cleared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unlockable(*_: object, **__: object) -> None:
-        raise OSError(38, "Function not implemented")
+        raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(work_lock.FileLock, "acquire", unlockable)
+    monkeypatch.setattr("fcntl.flock", unlockable)
     left = tmp_path / f".source.{socket.gethostname()}.999999999"
     left.mkdir()
     with alone_in(tmp_path, pytest.fail):
         assert left.exists()
     assert "can't be locked" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} <= {left.name, work_lock.LOCK}
